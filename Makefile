@@ -1,0 +1,40 @@
+# make demo: the main experiment on this machine's CPU, with the shipped model.
+# make test: lint, types and the test suite, in a fresh environment.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+  { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m experiments.long_context \
+	  --config=configs/long_context/demo.py --workdir=out/demo
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/.venv:
+	@test -n "$(PYTHON)" || \
+	  { echo "make needs Python 3.11 or newer; name one: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[experiments]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,12 @@
+"""Attention kernels: arrays in, arrays out.
+
+Each op is a folder with one public function; `implementation=` names the
+back end and the file that holds it.
+"""
+
+from pallas_kernels.block_sparse_attention import (
+  block_sparse_attention as block_sparse_attention,
+)
+from pallas_kernels.composite_pooling import (
+  composite_pooling as composite_pooling,
+)

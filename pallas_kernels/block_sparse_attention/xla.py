@@ -1,0 +1,379 @@
+"""Any-device back end: a loop over query tiles, each over its own block list.
+
+A tile is one block of queries of all the heads that share both a mask head and
+a key head, so that grouped-query heads share each key block that is read. The
+inner loop runs as often as the tile's list is long (`lax.fori_loop` with a
+dynamic bound), hence time follows the number of kept blocks and memory is that
+of q, k, v and out.
+
+Measured on 2 CPU cores, float32, 6 heads on 2 key heads of 64, 8K tokens,
+blocks of 128, GFLOP/s on kept blocks, by the number of blocks read at once:
+
+  density   1 block   2      4      8
+  1.00      81        97     101    116
+  0.25      77        90     87     87
+  0.10      72        76     62     50
+  0.05      66        60     41     26
+
+Reading more amortises the loop but rounds short lists up: 2 is the default,
+and dense attention, whose lists are long, asks for 8.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_LOG2_E = math.log2(math.e)
+_MASKED = -1e30  # finite: a row of masked logits must not make NaN
+
+
+def block_sparse_attention(
+  q,  # [batch, q_len, num_heads, head_dim]
+  k,  # [batch, kv_len, num_kv_heads, head_dim]
+  v,  # [batch, kv_len, num_kv_heads, head_dim]
+  kv_block_indices,  # int32 [batch, num_mask_heads, num_q_blocks, max_blocks]
+  num_kv_blocks,  # int32 [batch, num_mask_heads, num_q_blocks]
+  q_offset,  # int32 [batch]
+  kv_len,  # int32 [batch]
+  *,
+  block_q,
+  block_kv,
+  causal,
+  scale,
+  blocks_per_step=2,
+):
+  """See `api.block_sparse_attention`; blocks_per_step: blocks read at once."""
+  settings = (block_q, block_kv, causal, scale, blocks_per_step)
+  return _attention(
+    q, k, v, kv_block_indices, num_kv_blocks, q_offset, kv_len, settings
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(q, k, v, indices, counts, q_offset, kv_len, settings):
+  return _forward(q, k, v, indices, counts, q_offset, kv_len, settings)
+
+
+def _attention_fwd(q, k, v, indices, counts, q_offset, kv_len, settings):
+  out, lse = _forward(q, k, v, indices, counts, q_offset, kv_len, settings)
+  return (out, lse), (q, k, v, indices, counts, q_offset, kv_len, out, lse)
+
+
+def _attention_bwd(settings, residuals, cotangents):
+  dq, dk, dv = _backward(residuals, cotangents, settings)
+  return dq, dk, dv, None, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+class _Layout:
+  """Sizes of the tiling; a unit is the heads of one mask and key head."""
+
+  def __init__(self, q, k, indices, settings):
+    self.block_q, self.block_kv, self.causal, self.scale, step = settings
+    self.batch, self.q_len, self.num_heads, self.head_dim = q.shape
+    self.kv_len, self.num_kv_heads = k.shape[1:3]
+    self.num_mask_heads = indices.shape[1]
+    self.group = math.gcd(
+      self.num_heads // self.num_kv_heads, self.num_heads // self.num_mask_heads
+    )
+    self.units = self.num_heads // self.group
+    self.num_q_blocks = math.ceil(self.q_len / self.block_q)
+    self.num_kv_blocks = math.ceil(self.kv_len / self.block_kv)
+    self.step = min(step, self.num_kv_blocks)
+
+  def to_q_tiles(self, x):
+    """[batch, q_len, num_heads, ...] to [batch * units * q blocks, rows, ...].
+
+    A tile's rows are group-major: head in the group, then query.
+    """
+    rest = x.shape[3:]
+    pad = self.num_q_blocks * self.block_q - self.q_len
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    # [batch, q blocks, block_q, units, group, ...]
+    x = x.reshape(
+      self.batch, self.num_q_blocks, self.block_q, self.units, self.group, *rest
+    )
+    x = jnp.moveaxis(x, (3, 4), (1, 3))
+    return x.reshape(-1, self.group * self.block_q, *rest)
+
+  def from_q_tiles(self, x):
+    """Inverse of `to_q_tiles`."""
+    rest = x.shape[2:]
+    x = x.reshape(
+      self.batch, self.units, self.num_q_blocks, self.group, self.block_q, *rest
+    )
+    x = jnp.moveaxis(x, (1, 3), (3, 4))
+    x = x.reshape(self.batch, -1, self.num_heads, *rest)
+    return x[:, : self.q_len]
+
+  def to_kv_blocks(self, x):
+    """[batch, kv_len, heads, d] to [batch * heads * blocks, block_kv, d]."""
+    pad = self.num_kv_blocks * self.block_kv - self.kv_len
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    x = x.reshape(
+      self.batch, self.num_kv_blocks, self.block_kv, self.num_kv_heads, -1
+    )
+    return jnp.moveaxis(x, 3, 1).reshape(-1, self.block_kv, self.head_dim)
+
+  def from_kv_blocks(self, x):
+    """Inverse of `to_kv_blocks`."""
+    x = x.reshape(
+      self.batch, self.num_kv_heads, self.num_kv_blocks, self.block_kv, -1
+    )
+    x = jnp.moveaxis(x, 1, 3)
+    return x.reshape(self.batch, -1, self.num_kv_heads, self.head_dim)[
+      :, : self.kv_len
+    ]
+
+  def split_tile(self, tile, num_blocks):
+    """Tile number to (batch, unit, block), and its first key block's number."""
+    batch_index = tile // (self.units * num_blocks)
+    unit = tile // num_blocks % self.units
+    kv_head = unit * self.num_kv_heads // self.units
+    first_kv = (batch_index * self.num_kv_heads + kv_head) * self.num_kv_blocks
+    return batch_index, unit, tile % num_blocks, first_kv
+
+  def lists_by_unit(self, lists):
+    """[batch, num_mask_heads, blocks, ...] to [batch * units * blocks, ...]."""
+    lists = jnp.repeat(lists, self.units // self.num_mask_heads, axis=1)
+    return lists.reshape(-1, *lists.shape[3:])
+
+  def pad_lists(self, indices):
+    """Appends room so that a step may read past the last list entry."""
+    pad = [(0, 0)] * (indices.ndim - 1) + [(0, self.step - 1)]
+    return jnp.pad(indices, pad)
+
+  def is_visible(self, q_positions, kv_positions, kv_len):
+    """bool [rows, keys]: which pairs of absolute positions may attend."""
+    visible = (kv_positions < kv_len)[None, :]
+    if self.causal:
+      visible &= kv_positions[None, :] <= q_positions[:, None]
+    return visible
+
+
+def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
+  tiling = _Layout(q, k, indices, settings)
+  rows = tiling.group * tiling.block_q
+  keys = tiling.step * tiling.block_kv
+  k_blocks, v_blocks = tiling.to_kv_blocks(k), tiling.to_kv_blocks(v)
+  lists = tiling.lists_by_unit(tiling.pad_lists(indices))
+  list_lengths = tiling.lists_by_unit(counts)
+  # Scale and base-2 exponent are folded into q once.
+  q_tiles = tiling.to_q_tiles(
+    (q.astype(jnp.float32) * (tiling.scale * _LOG2_E)).astype(q.dtype)
+  )
+
+  def attend_tile(operands):
+    q_tile, block_list, length, tile = operands
+    b, _, q_block, first_kv = tiling.split_tile(tile, tiling.num_q_blocks)
+    row = jnp.tile(jnp.arange(tiling.block_q), tiling.group)
+    q_positions = q_offset[b] + q_block * tiling.block_q + row
+
+    def step(index, carry):
+      row_max, row_sum, acc = carry
+      blocks, kv_positions = _read_list(tiling, block_list, length, index)
+      k_step = k_blocks[first_kv + blocks].reshape(keys, -1)
+      v_step = v_blocks[first_kv + blocks].reshape(keys, -1)
+      attn_logits = _dot(q_tile, k_step, 1)
+      visible = tiling.is_visible(q_positions, kv_positions, kv_len[b])
+      attn_logits = jnp.where(visible, attn_logits, _MASKED)
+      new_max = jnp.maximum(row_max, attn_logits.max(-1))
+      # The select keeps rows without any key at a sum of 0.
+      p = jnp.where(visible, jnp.exp2(attn_logits - new_max[:, None]), 0.0)
+      shrink = jnp.exp2(row_max - new_max)
+      acc = acc * shrink[:, None] + _dot(p.astype(v.dtype), v_step, 0)
+      return new_max, row_sum * shrink + p.sum(-1), acc
+
+    start = (
+      jnp.full((rows,), _MASKED, jnp.float32),
+      jnp.zeros((rows,), jnp.float32),
+      jnp.zeros((rows, tiling.head_dim), jnp.float32),
+    )
+    num_steps = (length + tiling.step - 1) // tiling.step
+    row_max, row_sum, acc = lax.fori_loop(0, num_steps, step, start)
+    is_empty = row_sum == 0.0
+    out = acc / jnp.where(is_empty, 1.0, row_sum)[:, None]
+    lse = jnp.where(is_empty, -jnp.inf, (row_max + jnp.log2(row_sum)) / _LOG2_E)
+    return out.astype(q.dtype), lse
+
+  tiles = jnp.arange(q_tiles.shape[0])
+  out, lse = lax.map(attend_tile, (q_tiles, lists, list_lengths, tiles))
+  return tiling.from_q_tiles(out), tiling.from_q_tiles(lse)
+
+
+def _backward(residuals, cotangents, settings):
+  q, k, v, indices, counts, q_offset, kv_len, out, lse = residuals
+  d_out, d_lse = cotangents
+  tiling = _Layout(q, k, indices, settings)
+  # d(logits) = p * (dp - delta), delta = <out, d_out> - d_lse
+  delta = (
+    jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
+  )
+  q_tiles, do_tiles = tiling.to_q_tiles(q), tiling.to_q_tiles(d_out)
+  # Rows without a key have no gradient: +inf makes their p exactly 0.
+  lse_tiles = tiling.to_q_tiles(jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+  delta_tiles = tiling.to_q_tiles(jnp.where(jnp.isneginf(lse), 0.0, delta))
+  q_side = (q_tiles, do_tiles, lse_tiles, delta_tiles)
+  kv_side = (tiling.to_kv_blocks(k), tiling.to_kv_blocks(v))
+  dq = _backward_q(tiling, q_side, kv_side, indices, counts, q_offset, kv_len)
+  dk, dv = _backward_kv(
+    tiling, q_side, kv_side, indices, counts, q_offset, kv_len
+  )
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _logit_gradient(tiling, q, k, v, d_out, lse, delta, visible):
+  """Probabilities and logit gradients, float32 [rows, keys] each."""
+  attn_logits = _dot(q, k, 1) * tiling.scale
+  p = jnp.where(visible, jnp.exp(attn_logits - lse[:, None]), 0.0)
+  return p, p * (_dot(d_out, v, 1) - delta[:, None])
+
+
+def _backward_q(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
+  """dq: every query tile walks its own list again."""
+  k_blocks, v_blocks = kv_side
+  keys = tiling.step * tiling.block_kv
+  rows = tiling.group * tiling.block_q
+  lists = tiling.lists_by_unit(tiling.pad_lists(indices))
+  list_lengths = tiling.lists_by_unit(counts)
+
+  def tile_gradient(operands):
+    q_tile, do_tile, lse, delta, block_list, length, tile = operands
+    b, _, q_block, first_kv = tiling.split_tile(tile, tiling.num_q_blocks)
+    row = jnp.tile(jnp.arange(tiling.block_q), tiling.group)
+    q_positions = q_offset[b] + q_block * tiling.block_q + row
+
+    def step(index, dq):
+      blocks, kv_positions = _read_list(tiling, block_list, length, index)
+      k_step = k_blocks[first_kv + blocks].reshape(keys, -1)
+      v_step = v_blocks[first_kv + blocks].reshape(keys, -1)
+      visible = tiling.is_visible(q_positions, kv_positions, kv_len[b])
+      _, d_logits = _logit_gradient(
+        tiling, q_tile, k_step, v_step, do_tile, lse, delta, visible
+      )
+      return dq + _dot(d_logits.astype(k_step.dtype), k_step, 0)
+
+    num_steps = (length + tiling.step - 1) // tiling.step
+    dq = jnp.zeros((rows, tiling.head_dim), jnp.float32)
+    return lax.fori_loop(0, num_steps, step, dq) * tiling.scale
+
+  tiles = jnp.arange(q_side[0].shape[0])
+  dq = lax.map(tile_gradient, (*q_side, lists, list_lengths, tiles))
+  return tiling.from_q_tiles(dq)
+
+
+def _backward_kv(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
+  """dk, dv: every key block walks the transposed list of query tiles."""
+  q_tiles, do_tiles, lse_tiles, delta_tiles = q_side
+  k_blocks, v_blocks = kv_side
+  indices, counts = transpose_lists(indices, counts, tiling.num_kv_blocks)
+  lists = tiling.lists_by_unit(indices)
+  list_lengths = tiling.lists_by_unit(counts)
+
+  def block_gradient(operands):
+    block_list, length, tile = operands
+    b, unit, kv_block, first_kv = tiling.split_tile(tile, tiling.num_kv_blocks)
+    k_tile, v_tile = (
+      k_blocks[first_kv + kv_block],
+      v_blocks[first_kv + kv_block],
+    )
+    kv_positions = kv_block * tiling.block_kv + jnp.arange(tiling.block_kv)
+    first_q = (b * tiling.units + unit) * tiling.num_q_blocks
+    row = jnp.tile(jnp.arange(tiling.block_q), tiling.group)
+
+    def step(index, carry):
+      dk, dv = carry
+      q_block = block_list[index]
+      tile = first_q + q_block
+      q_positions = q_offset[b] + q_block * tiling.block_q + row
+      visible = tiling.is_visible(q_positions, kv_positions, kv_len[b])
+      p, d_logits = _logit_gradient(
+        tiling,
+        q_tiles[tile],
+        k_tile,
+        v_tile,
+        do_tiles[tile],
+        lse_tiles[tile],
+        delta_tiles[tile],
+        visible,
+      )
+      dk += _dot(d_logits.T.astype(q_tiles.dtype), q_tiles[tile], 0)
+      dv += _dot(p.T.astype(do_tiles.dtype), do_tiles[tile], 0)
+      return dk, dv
+
+    zeros = jnp.zeros((tiling.block_kv, tiling.head_dim), jnp.float32)
+    dk, dv = lax.fori_loop(0, length, step, (zeros, zeros))
+    return dk * tiling.scale, dv
+
+  tiles = jnp.arange(tiling.batch * tiling.units * tiling.num_kv_blocks)
+  gradients = lax.map(block_gradient, (lists, list_lengths, tiles))
+  per_kv_head = tiling.units // tiling.num_kv_heads
+  # Units of one key head are neighbours: add them up.
+  return tuple(
+    tiling.from_kv_blocks(
+      g.reshape(
+        tiling.batch * tiling.num_kv_heads,
+        per_kv_head,
+        tiling.num_kv_blocks,
+        tiling.block_kv,
+        tiling.head_dim,
+      ).sum(1)
+    )
+    for g in gradients
+  )
+
+
+def transpose_lists(indices, counts, num_kv_blocks):
+  """Lists of key blocks by query block to lists of query blocks by key block.
+
+  Args:
+    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
+    counts: int32 [batch, num_mask_heads, num_q_blocks].
+    num_kv_blocks: number of key blocks.
+
+  Returns:
+    int32 [batch, num_mask_heads, num_kv_blocks, num_q_blocks], ascending, and
+    int32 [batch, num_mask_heads, num_kv_blocks].
+  """
+  batch, num_mask_heads, num_q_blocks, _ = indices.shape
+  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
+  is_listed = slot < counts[..., None]
+  kept = jnp.zeros(
+    (batch, num_mask_heads, num_kv_blocks, num_q_blocks), jnp.bool_
+  )
+  kept = kept.at[
+    lax.broadcasted_iota(jnp.int32, indices.shape, 0),
+    lax.broadcasted_iota(jnp.int32, indices.shape, 1),
+    jnp.where(is_listed, indices, num_kv_blocks),
+    lax.broadcasted_iota(jnp.int32, indices.shape, 2),
+  ].set(True, mode="drop")
+  q_block = lax.broadcasted_iota(jnp.int32, kept.shape, 3)
+  order = jnp.sort(jnp.where(kept, q_block, num_q_blocks), axis=-1)
+  order = jnp.minimum(order, num_q_blocks - 1)
+  return order, kept.sum(-1, dtype=jnp.int32)
+
+
+def _read_list(tiling, block_list, length, index):
+  """Blocks of one step and their keys' positions; past the end: invisible."""
+  start = index * tiling.step
+  blocks = lax.dynamic_slice(block_list, (start,), (tiling.step,))
+  key = jnp.arange(tiling.step * tiling.block_kv)
+  positions = jnp.repeat(blocks * tiling.block_kv, tiling.block_kv)
+  positions += key % tiling.block_kv
+  is_listed = start + key // tiling.block_kv < length
+  return blocks, jnp.where(is_listed, positions, jnp.iinfo(jnp.int32).max)
+
+
+def _dot(a, b, b_axis):
+  """Contracts the last axis of a with `b_axis` of b; float32 result."""
+  return lax.dot_general(
+    a,
+    b,
+    (((a.ndim - 1,), (b_axis,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )

@@ -1,0 +1,70 @@
+"""Choice of a back end by name: the only place where an op falls through."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels import checks
+
+Implementation = str | Sequence[str] | None
+
+
+def platform_default(table: Mapping[str, Any]) -> tuple[str, ...]:
+  """Names to try, in order, when the caller names none.
+
+  Args:
+    table: the op's back ends.
+
+  Returns:
+    The platform's kernels that the op has, then "xla" (or "reference" where
+    the op has no separate "xla").
+  """
+  kernels = {
+    "gpu": ("mosaic_gpu", "triton"),
+    "cuda": ("mosaic_gpu", "triton"),
+    "tpu": ("mosaic_tpu",),
+  }.get(jax.default_backend(), ())
+  last = "xla" if "xla" in table else "reference"
+  return (*(name for name in kernels if name in table), last)
+
+
+def dispatch(
+  table: Mapping[str, Callable[..., Any]],
+  implementation: Implementation,
+  *args: Any,
+  **kwargs: Any,
+) -> Any:
+  """Calls the named back end; tries a sequence, or the default, in order.
+
+  A back end that cannot serve the call raises `NotImplementedError`, and the
+  next of a sequence is tried. A single named one never falls through.
+
+  Args:
+    table: back-end name to function.
+    implementation: a name, a sequence of names, or None for this platform's
+      default.
+    *args: passed on.
+    **kwargs: passed on.
+
+  Returns:
+    What the back end returns.
+
+  Raises:
+    ValueError: an unknown name.
+    NotImplementedError: the single named back end refuses.
+    ExceptionGroup: every back end of a sequence refused, with each reason.
+  """
+  if isinstance(implementation, str):
+    checks.check_choice("implementation", implementation, table)
+    return table[implementation](*args, **kwargs)
+  names = platform_default(table) if implementation is None else implementation
+  for name in names:
+    checks.check_choice("implementation", name, table)
+  refusals = []
+  for name in names:
+    try:
+      return table[name](*args, **kwargs)
+    except NotImplementedError as error:
+      refusals.append(error)
+  raise ExceptionGroup(f"no back end of {tuple(names)} serves this", refusals)

@@ -1,0 +1,170 @@
+"""Contract of block_sparse_attention, run once for each back end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from tests import helpers
+
+# name: batch, q_len, kv_len, heads, kv heads, mask heads, head_dim, blocks,
+# causal, q_offset, valid keys
+CASES = {
+  "square": (1, 256, 256, 4, 2, 4, 16, (64, 64), True, 0, None),
+  "shared_mask": (2, 256, 256, 4, 2, 1, 16, (64, 32), True, 0, None),
+  "ragged": (2, 200, 333, 6, 2, 2, 16, (64, 32), True, (133, 20), (333, 300)),
+  "bidirectional": (1, 130, 77, 6, 3, 2, 32, (32, 16), False, 0, 70),
+  "one_query_block": (1, 7, 513, 8, 1, 8, 16, (128, 128), True, 506, None),
+  "no_gqa": (1, 128, 128, 3, 3, 3, 64, (128, 64), True, 0, None),
+}
+
+
+def make_case(name, dtype=jnp.float32, minimum=0):
+  """Arrays, settings and the boolean mask [batch, heads, q, kv] of a case."""
+  (
+    batch,
+    q_len,
+    kv_len,
+    num_heads,
+    num_kv_heads,
+    num_mask_heads,
+    head_dim,
+    (block_q, block_kv),
+    causal,
+    q_offset,
+    valid,
+  ) = CASES[name]
+  q, k, v = helpers.make_qkv(
+    batch=batch,
+    q_len=q_len,
+    kv_len=kv_len,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    dtype=dtype,
+  )
+  num_q_blocks, num_kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
+  indices, counts = helpers.random_lists(
+    np.random.default_rng(1),
+    batch=batch,
+    num_mask_heads=num_mask_heads,
+    num_q_blocks=num_q_blocks,
+    num_kv_blocks=num_kv_blocks,
+    minimum=minimum,
+  )
+  settings = dict(
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+    q_offset=jnp.asarray(q_offset, jnp.int32),
+    kv_len=None if valid is None else jnp.asarray(valid, jnp.int32),
+  )
+  kept = np.zeros((batch, num_heads, q_len, kv_len), bool)
+  offsets = np.broadcast_to(q_offset, (batch,))
+  valid = np.broadcast_to(kv_len if valid is None else valid, (batch,))
+  for b, h, i in np.ndindex(batch, num_heads, q_len):
+    row = (b, h * num_mask_heads // num_heads, i // block_q)
+    for block in np.asarray(indices[row])[: int(counts[row])]:
+      last = min((block + 1) * block_kv, valid[b])
+      if causal:
+        last = min(last, offsets[b] + i + 1)
+      kept[b, h, i, block * block_kv : max(last, block * block_kv)] = True
+  return (q, k, v, indices, counts), settings, kept
+
+
+# Relative error allowed; measured on CPU: 4e-7 and 3.4e-3 at worst.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
+
+
+class BlockSparseAttentionSuite:
+  """Every back end must pass it; a subclass names its `implementation`."""
+
+  implementation: str
+
+  def run(self, arrays, settings):
+    return pallas_kernels.block_sparse_attention(
+      *arrays, **settings, implementation=self.implementation
+    )
+
+  @pytest.mark.parametrize("name", CASES)
+  @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+  def test_matches_float64(self, name, dtype):
+    arrays, settings, kept = make_case(name, jnp.dtype(dtype))
+    out, lse = self.run(arrays, settings)
+    assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
+    expected_out, expected_lse = helpers.numpy_attention(*arrays[:3], kept)
+    helpers.assert_same(out, expected_out, TOLERANCE[dtype])
+    helpers.assert_same(lse, expected_lse, TOLERANCE[dtype])
+
+  def test_tolerance_sees_one_dropped_block(self):
+    (q, k, v, indices, counts), settings, kept = make_case(
+      "square", jnp.bfloat16, minimum=2
+    )
+    row = (0, 0, indices.shape[2] - 1)
+    counts = counts.at[row].set(indices.shape[3] - 1)
+    out, _ = self.run((q, k, v, indices, counts), settings)
+    kept[0, 0, -settings["block_q"] :] = np.tril(
+      np.ones((q.shape[1], k.shape[1]), bool)
+    )[-settings["block_q"] :]
+    expected, _ = helpers.numpy_attention(q, k, v, kept)
+    with pytest.raises(AssertionError):
+      helpers.assert_same(out, expected, TOLERANCE["bfloat16"])
+
+  def test_empty_rows_are_zero(self):
+    arrays, settings, kept = make_case("ragged")
+    out, lse = self.run(arrays, settings)
+    is_empty = ~np.moveaxis(kept.any(-1), 1, 2)
+    assert is_empty.any() and not is_empty.all()
+    np.testing.assert_array_equal(np.asarray(out)[is_empty], 0.0)
+    np.testing.assert_array_equal(np.asarray(lse)[is_empty], -np.inf)
+
+  def test_full_lists_are_dense_attention(self):
+    (q, k, v, indices, counts), settings, _ = make_case("no_gqa")
+    full = jnp.full_like(counts, indices.shape[-1])
+    out, _ = self.run((q, k, v, indices, full), settings)
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    helpers.assert_same(out, expected, TOLERANCE["float32"])
+
+  def test_extreme_logits(self):
+    (q, k, v, indices, counts), settings, kept = make_case("square", minimum=4)
+    q = q * 1e4 / jnp.abs(q).max()
+    out, lse = self.run((q, k, v, indices, counts), settings)
+    expected, expected_lse = helpers.numpy_attention(q, k, v, kept)
+    helpers.assert_same(out, expected, 1e-3)
+    helpers.assert_same(lse, expected_lse, TOLERANCE["float32"])
+
+  def test_same_bits_twice(self):
+    arrays, settings, _ = make_case("ragged", jnp.bfloat16)
+    first, second = self.run(arrays, settings), self.run(arrays, settings)
+    for a, b in zip(first, second, strict=True):
+      np.testing.assert_array_equal(
+        np.asarray(a, np.float32), np.asarray(b, np.float32)
+      )
+
+  @pytest.mark.parametrize("name", ["shared_mask", "ragged", "bidirectional"])
+  def test_gradients_match_reference(self, name):
+    (q, k, v, indices, counts), settings, _ = make_case(name)
+
+    def loss(q, k, v, implementation):
+      out, lse = pallas_kernels.block_sparse_attention(
+        q, k, v, indices, counts, **settings, implementation=implementation
+      )
+      weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+      finite = jnp.where(jnp.isinf(lse), 0.0, lse)
+      return (out.ravel() * weight).sum() + jnp.sin(finite).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    actual = gradient(q, k, v, self.implementation)
+    expected = gradient(q, k, v, "reference")
+    for a, e in zip(actual, expected, strict=True):
+      helpers.assert_same(a, e, 3e-6)  # measured 6e-7
+
+  def test_poisoned_padding_does_not_leak(self):
+    (q, k, v, indices, counts), settings, _ = make_case("ragged")
+    clean, _ = self.run((q, k, v, indices, counts), settings)
+    valid = settings["kv_len"][:, None, None, None]
+    key = jnp.arange(k.shape[1])[None, :, None, None]
+    poisoned = [jnp.where(key < valid, x, 1e30) for x in (k, v)]
+    out, _ = self.run((q, *poisoned, indices, counts), settings)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(clean))

@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_sparse_attention import xla
+from tests import helpers
+from tests.pallas_kernels.block_sparse_attention import suite
+
+
+class TestXla(suite.BlockSparseAttentionSuite):
+  implementation = "xla"
+
+  @pytest.mark.parametrize("blocks_per_step", [1, 2, 3, 8])
+  def test_steps_of_any_length(self, blocks_per_step):
+    arrays, settings, kept = suite.make_case("ragged")
+    batch = arrays[0].shape[0]
+    out, _ = xla.block_sparse_attention(
+      *arrays,
+      jnp.broadcast_to(settings["q_offset"], (batch,)),
+      jnp.broadcast_to(settings["kv_len"], (batch,)),
+      block_q=settings["block_q"],
+      block_kv=settings["block_kv"],
+      causal=True,
+      scale=0.25,
+      blocks_per_step=blocks_per_step,
+    )
+    expected, _ = helpers.numpy_attention(*arrays[:3], kept, scale=0.25)
+    helpers.assert_same(out, expected, 2e-6)
+
+  def test_memory_is_linear_in_length(self):
+    def temporary_bytes(length):
+      q, k, v = helpers.make_qkv(q_len=length, head_dim=64)
+      blocks = length // 128
+      indices = jnp.zeros((1, 2, blocks, 4), jnp.int32)
+      counts = jnp.full((1, 2, blocks), 4, jnp.int32)
+      compiled = (
+        jax.jit(
+          lambda *a: suite.pallas_kernels.block_sparse_attention(
+            *a, implementation="xla"
+          )
+        )
+        .lower(q, k, v, indices, counts)
+        .compile()
+      )
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(2048), temporary_bytes(8192)
+    assert long < 4.5 * short
+
+  def test_transpose_lists(self):
+    indices, counts = helpers.random_lists(
+      np.random.default_rng(0),
+      batch=2,
+      num_mask_heads=3,
+      num_q_blocks=5,
+      num_kv_blocks=7,
+    )
+    transposed, lengths = xla.transpose_lists(indices, counts, 7)
+    for b, h in np.ndindex(2, 3):
+      pairs = {
+        (i, int(j))
+        for i in range(5)
+        for j in indices[b, h, i, : int(counts[b, h, i])]
+      }
+      back = {
+        (int(i), j)
+        for j in range(7)
+        for i in transposed[b, h, j, : int(lengths[b, h, j])]
+      }
+      assert pairs == back

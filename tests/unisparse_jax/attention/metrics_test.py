@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import numpy as np
+
+from tests import helpers
+from tests.unisparse_jax.attention import sparse_attention_test
+from unisparse_jax import attention
+
+
+def dense_probabilities(q, k, visible):
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
+  logits = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
+  p = np.exp(np.where(visible, logits, -np.inf))
+  return p / p.sum(-1, keepdims=True)
+
+
+def test_recall_and_block_mass_match_float64():
+  q, k, _ = helpers.make_qkv(batch=2, q_len=70, kv_len=100)
+  where = dict(q_offset=jnp.asarray([30, 12]), kv_len=jnp.asarray([100, 82]))
+  mask = sparse_attention_test.random_mask(q, k, **where)
+  kept = sparse_attention_test.boolean_mask(mask, 4)
+  full = attention.BlockMask.full(mask.grid)
+  visible = sparse_attention_test.boolean_mask(full, 4)
+  p = dense_probabilities(q, k, visible)
+  recall = attention.metrics.recall(q, k, mask)
+  np.testing.assert_allclose(
+    recall, np.moveaxis((p * kept).sum(-1), 1, 2), atol=1e-6
+  )
+  mass = attention.metrics.block_mass(q, k, mask.grid)
+  padded = np.pad(p, ((0, 0), (0, 0), (0, 26), (0, 12)))
+  by_block = padded.reshape(2, 4, 3, 32, 7, 16).sum((3, 5))
+  rows = np.asarray([32, 32, 6])[:, None]
+  np.testing.assert_allclose(mass, by_block / rows, atol=1e-6)
+
+
+def test_output_error():
+  reference = jnp.asarray([3.0, 4.0])
+  error = attention.metrics.output_error(reference * 1.1, reference)
+  np.testing.assert_allclose(error["relative_l1"], 0.1, rtol=1e-5)
+  np.testing.assert_allclose(error["relative_l2"], 0.1, rtol=1e-5)
+  np.testing.assert_allclose(error["cosine"], 1.0, rtol=1e-6)

@@ -1,0 +1,33 @@
+"""Training-free sparse prefill attention.
+
+    mask = UniSparse(top_p=0.95).select(q, k)
+    out = sparse_attention(q, k, v, mask)
+
+or, as a value that a model is given, `SparseAttention(pattern=UniSparse())`.
+"""
+
+from unisparse_jax.attention import metrics as metrics
+from unisparse_jax.attention.attention_fn import AttentionFn as AttentionFn
+from unisparse_jax.attention.attention_fn import (
+  DenseAttention as DenseAttention,
+)
+from unisparse_jax.attention.attention_fn import (
+  SparseAttention as SparseAttention,
+)
+from unisparse_jax.attention.attention_fn import (
+  as_flax_attention as as_flax_attention,
+)
+from unisparse_jax.attention.block_mask import BlockGrid as BlockGrid
+from unisparse_jax.attention.block_mask import BlockMask as BlockMask
+from unisparse_jax.attention.block_mask import ColumnSet as ColumnSet
+from unisparse_jax.attention.dense import dense_attention as dense_attention
+from unisparse_jax.attention.executor import merge as merge
+from unisparse_jax.attention.executor import (
+  sparse_attention as sparse_attention,
+)
+from unisparse_jax.attention.patterns.dense import Dense as Dense
+from unisparse_jax.attention.patterns.streaming import Streaming as Streaming
+from unisparse_jax.attention.patterns.unisparse import UniSparse as UniSparse
+from unisparse_jax.attention.selector import PATTERNS as PATTERNS
+from unisparse_jax.attention.selector import Pattern as Pattern
+from unisparse_jax.attention.selector import make_pattern as make_pattern

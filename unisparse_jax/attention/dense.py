@@ -1,0 +1,114 @@
+"""Dense attention: the baseline, and what decoding uses."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks
+from pallas_kernels.block_sparse_attention import xla
+from unisparse_jax.attention import block_mask
+
+IMPLEMENTATIONS = ("tiled", "xla", "cudnn")
+_DECODE_LEN = 16  # up to here the logit matrix is no larger than a tile
+
+
+def dense_attention(
+  q: Float[Array, "batch q_len num_heads head_dim"],
+  k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+  v: Float[Array, "batch kv_len num_kv_heads head_dim"],
+  *,
+  causal: bool = True,
+  scale: float | None = None,
+  q_offset: int | Int[Array, "..."] = 0,
+  kv_len: int | Int[Array, "..."] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "batch q_len num_heads head_dim"]:
+  """Softmax attention over all valid keys.
+
+  Args:
+    q: [batch, q_len, num_heads, head_dim].
+    k: [batch, kv_len, num_kv_heads, head_dim].
+    v: as k.
+    causal: whether a query sees only keys at or before its own position.
+    scale: softmax scale; default head_dim ** -0.5.
+    q_offset: absolute position of query 0; scalar or [batch].
+    kv_len: number of valid keys; scalar or [batch]; default all of k.
+    implementation: "tiled": a loop over blocks with memory linear in length.
+      "xla", "cudnn": `jax.nn.dot_product_attention`. None: "cudnn" on a GPU
+      where it serves the call, "xla" for a few queries, else "tiled".
+
+  Returns:
+    [batch, q_len, num_heads, head_dim], dtype of q.
+
+  Raises:
+    ValueError: shapes, dtypes or settings are off.
+  """
+  checks.check_qkv(q, k, v)
+  checks.check_scale(scale)
+  # Only a plain call may use the library's own causal mask.
+  plain = (
+    isinstance(q_offset, int)
+    and q_offset == 0
+    and kv_len is None
+    and (not causal or q.shape[1] == k.shape[1])
+  )
+  if implementation is None:
+    implementation = "xla" if q.shape[1] <= _DECODE_LEN else "tiled"
+    half = jnp.dtype(q.dtype).itemsize == 2
+    if jax.default_backend() == "gpu" and half and plain:
+      implementation = "cudnn"
+  checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
+  if implementation == "tiled":
+    return _tiled(q, k, v, causal, scale, q_offset, kv_len)
+
+  mask = None
+  if not plain:
+    batch, shape = q.shape[0], (q.shape[0], 1, q.shape[1], k.shape[1])
+    kv_len = k.shape[1] if kv_len is None else kv_len
+    key = lax.broadcasted_iota(jnp.int32, shape, 3)
+    limit = checks.per_row("kv_len", kv_len, batch)[:, None, None, None]
+    if causal:
+      position = lax.broadcasted_iota(jnp.int32, shape, 2)
+      offset = checks.per_row("q_offset", q_offset, batch)
+      position += offset[:, None, None, None]
+      limit = jnp.minimum(limit, position + 1)
+    mask = key < limit
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=mask,
+    scale=scale,
+    is_causal=causal and plain,
+    implementation=implementation,
+  )
+
+
+def _tiled(q, k, v, causal, scale, q_offset, kv_len):
+  """The block-sparse loop over full lists, with long steps."""
+  grid = block_mask.BlockGrid.create(
+    q,
+    k,
+    block_q=128,
+    block_kv=128,
+    causal=causal,
+    q_offset=q_offset,
+    kv_len=kv_len,
+  )
+  mask = block_mask.BlockMask.full(grid)
+  out, _ = xla.block_sparse_attention(
+    q,
+    k,
+    v,
+    mask.kv_block_indices,
+    mask.num_kv_blocks,
+    grid.q_offset,
+    grid.kv_len,
+    block_q=grid.block_q,
+    block_kv=grid.block_kv,
+    causal=causal,
+    scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
+    blocks_per_step=8,
+  )
+  return out

@@ -1,0 +1,1 @@
+"""One file a method: a frozen dataclass of settings with `select`."""

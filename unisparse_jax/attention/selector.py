@@ -1,0 +1,70 @@
+"""What a sparse attention method is, and the table of those that exist."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from pallas_kernels import checks
+from unisparse_jax.attention import block_mask
+from unisparse_jax.attention.patterns import dense, streaming, unisparse
+
+
+class Pattern(Protocol):
+  """A method: frozen, hashable settings, static under jit."""
+
+  block_q: int
+  block_kv: int
+
+  def select(
+    self,
+    q: Float[Array, "batch q_len num_heads head_dim"],
+    k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    q_offset: Any = 0,
+    kv_len: Any = None,
+  ) -> block_mask.BlockMask:
+    """Chooses what each block of queries attends; a pure function.
+
+    Args:
+      q: [batch, q_len, num_heads, head_dim], after position embedding.
+      k: [batch, kv_len, num_kv_heads, head_dim].
+      causal: whether a query sees only keys at or before its position.
+      scale: softmax scale; default head_dim ** -0.5.
+      q_offset: absolute position of query 0; scalar or [batch].
+      kv_len: number of valid keys; scalar or [batch]; default all of k.
+
+    Returns:
+      The mask.
+    """
+    ...
+
+
+PATTERNS: dict[str, Callable[..., Pattern]] = {
+  "dense": dense.Dense,
+  "streaming": streaming.Streaming,
+  "unisparse": unisparse.UniSparse,
+}
+
+
+def make_pattern(name: str, **settings: Any) -> Pattern:
+  """A pattern by its name in `PATTERNS`.
+
+  Args:
+    name: the method.
+    **settings: fields of its dataclass.
+
+  Returns:
+    The pattern.
+
+  Raises:
+    ValueError: unknown name or setting, or a setting out of range.
+  """
+  checks.check_choice("pattern", name, PATTERNS)
+  known = {f.name for f in dataclasses.fields(PATTERNS[name])}  # type: ignore
+  for setting in settings:
+    checks.check_choice(f"setting of {name}", setting, known)
+  return PATTERNS[name](**settings)
