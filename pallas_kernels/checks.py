@@ -55,25 +55,27 @@ def check_divides(name: str, value: int, other_name: str, other: int):
 def check_positive_int(name: str, value: Any):
   """Checks that a static setting is an integer of at least 1."""
   ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  require(ok and value >= 1, name, "be an integer >= 1", value)
+  ok = ok and int(value) >= 1
+  require(ok, name, "be an integer >= 1", value)
 
 
 def check_non_negative_int(name: str, value: Any):
   """Checks that a static setting is an integer of at least 0."""
   ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  require(ok and value >= 0, name, "be an integer >= 0", value)
+  ok = ok and int(value) >= 0
+  require(ok, name, "be an integer >= 0", value)
 
 
 def check_fraction(name: str, value: Any):
   """Checks that a static setting lies in (0, 1]; NaN does not."""
-  ok = isinstance(value, numbers.Real) and 0.0 < value <= 1.0
+  ok = isinstance(value, numbers.Real) and 0.0 < float(value) <= 1.0
   require(ok, name, "be in (0, 1]", value)
 
 
 def check_scale(scale: Any):
   """Checks that a softmax scale is None or a finite positive number."""
   ok = scale is None or (
-    isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0
+    isinstance(scale, numbers.Real) and 0 < float(scale) < math.inf
   )
   require(ok, "scale", "be None or a finite number > 0", scale)
 

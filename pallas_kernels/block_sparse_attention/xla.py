@@ -17,6 +17,9 @@ blocks of 128, GFLOP/s on kept blocks, by the number of blocks read at once:
 
 Reading more amortises the loop but rounds short lists up: 2 is the default,
 and dense attention, whose lists are long, asks for 8.
+
+An accelerator runs many tiles abreast, each as long as the longest list among
+them; a CPU runs them one by one.
 """
 
 import functools
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _LOG2_E = math.log2(math.e)
+_TILES_ABREAST = 128  # on accelerators
 _MASKED = -1e30  # finite: a row of masked logits must not make NaN
 
 
@@ -202,7 +206,7 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     return out.astype(q.dtype), lse
 
   tiles = jnp.arange(q_tiles.shape[0])
-  out, lse = lax.map(attend_tile, (q_tiles, lists, list_lengths, tiles))
+  out, lse = _map_tiles(attend_tile, (q_tiles, lists, list_lengths, tiles))
   return tiling.from_q_tiles(out), tiling.from_q_tiles(lse)
 
 
@@ -263,7 +267,7 @@ def _backward_q(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
     return lax.fori_loop(0, num_steps, step, dq) * tiling.scale
 
   tiles = jnp.arange(q_side[0].shape[0])
-  dq = lax.map(tile_gradient, (*q_side, lists, list_lengths, tiles))
+  dq = _map_tiles(tile_gradient, (*q_side, lists, list_lengths, tiles))
   return tiling.from_q_tiles(dq)
 
 
@@ -311,7 +315,7 @@ def _backward_kv(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
     return dk * tiling.scale, dv
 
   tiles = jnp.arange(tiling.batch * tiling.units * tiling.num_kv_blocks)
-  gradients = lax.map(block_gradient, (lists, list_lengths, tiles))
+  gradients = _map_tiles(block_gradient, (lists, list_lengths, tiles))
   per_kv_head = tiling.units // tiling.num_kv_heads
   # Units of one key head are neighbours: add them up.
   return tuple(
@@ -356,6 +360,13 @@ def transpose_lists(indices, counts, num_kv_blocks):
   order = jnp.sort(jnp.where(kept, q_block, num_q_blocks), axis=-1)
   order = jnp.minimum(order, num_q_blocks - 1)
   return order, kept.sum(-1, dtype=jnp.int32)
+
+
+def _map_tiles(fn, operands):
+  """`lax.map` over tiles, abreast where the device is wide."""
+  if jax.default_backend() == "cpu":
+    return lax.map(fn, operands)
+  return lax.map(fn, operands, batch_size=_TILES_ABREAST)
 
 
 def _read_list(tiling, block_list, length, index):

@@ -274,16 +274,15 @@ class BlockMask:
   def union(self, other: "BlockMask") -> "BlockMask":
     """Blocks and columns of either mask."""
     mine, theirs = _same_heads(self, other)
-    columns = self.columns
-    if self.columns is not None and other.columns is not None:
-      capacity = self.grid.kv_capacity
-      mine_c, theirs_c = (m.columns.to_dense(capacity) for m in (self, other))
-      heads = mine.shape[1]
-      merged = _repeat_heads(mine_c, heads) | _repeat_heads(theirs_c, heads)
-      room = sum(m.columns.column_indices.shape[-1] for m in (self, other))
+    columns, others = self.columns, other.columns
+    if columns is not None and others is not None:
+      capacity, heads = self.grid.kv_capacity, mine.shape[1]
+      merged = _repeat_heads(columns.to_dense(capacity), heads)
+      merged |= _repeat_heads(others.to_dense(capacity), heads)
+      room = sum(c.column_indices.shape[-1] for c in (columns, others))
       columns = ColumnSet.from_dense(merged, min(room, capacity))
-    elif self.columns is None:
-      columns = other.columns
+    elif columns is None:
+      columns = others
     return BlockMask.from_dense(self.grid, mine | theirs, columns=columns)
 
   def intersection(self, other: "BlockMask") -> "BlockMask":

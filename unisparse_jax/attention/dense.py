@@ -74,15 +74,17 @@ def dense_attention(
       position += offset[:, None, None, None]
       limit = jnp.minimum(limit, position + 1)
     mask = key < limit
-  return jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    mask=mask,
-    scale=scale,
-    is_causal=causal and plain,
-    implementation=implementation,
-  )
+  # The library promotes inside, which a caller's strict mode would refuse.
+  with jax.numpy_dtype_promotion("standard"):
+    return jax.nn.dot_product_attention(
+      q,
+      k,
+      v,
+      mask=mask,
+      scale=scale,
+      is_causal=causal and plain,
+      implementation=implementation,
+    )
 
 
 def _tiled(q, k, v, causal, scale, q_offset, kv_len):

@@ -127,6 +127,7 @@ def column_attention(q, k, v, mask: block_mask.BlockMask, *, scale=None):
     (out, lse) as of `sparse_attention`.
   """
   grid, columns = mask.grid, mask.columns
+  assert columns is not None, "the caller checks that there are columns"
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   batch, q_len, num_heads, head_dim = q.shape
   num_units = (

@@ -91,6 +91,7 @@ def select_blocks(
     mass_before = jnp.cumsum(mass, axis=-1) - mass
     kept = (mass_before < top_p) if top_p < 1.0 else slot >= 0
   else:
+    assert top_k is not None
     kept = slot < top_k
   kept = (kept | jnp.isneginf(key)) & ~jnp.isposinf(key)
   count = kept.sum(-1, dtype=jnp.int32)

@@ -14,8 +14,11 @@ from unisparse_jax.attention.patterns import dense, streaming, unisparse
 class Pattern(Protocol):
   """A method: frozen, hashable settings, static under jit."""
 
-  block_q: int
-  block_kv: int
+  @property
+  def block_q(self) -> int: ...
+
+  @property
+  def block_kv(self) -> int: ...
 
   def select(
     self,
