@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from unisparse_jax.models import layers
+
+
+def test_rms_norm_literal():
+  norm = layers.RMSNorm(2, eps=0.5, param_dtype=jnp.float32)
+  norm.scale[...] = jnp.asarray([1.0, -2.0])
+  actual = norm(jnp.asarray([[3.0, 4.0], [0.0, 0.0]]))
+  root = np.sqrt(12.5 + 0.5)
+  np.testing.assert_allclose(
+    actual, [[3.0 / root, -8.0 / root], [0.0, 0.0]], rtol=1e-6
+  )
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+  x = np.random.default_rng(0).standard_normal((64, 48))
+  x = jnp.asarray(x, jnp.bfloat16)
+  exact = np.asarray(x, np.float64)
+  exact = exact / np.sqrt(np.mean(exact**2, axis=-1, keepdims=True))
+  exact = jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16)
+  actual = layers.RMSNorm(48, eps=0.0, param_dtype=jnp.bfloat16)(x)
+  assert actual.dtype == jnp.bfloat16
+  assert np.mean(np.asarray(actual != exact)) < 1e-3
+  # Computed in bfloat16, a good part of the values would be off.
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  narrow = x * jax.lax.rsqrt(mean_square)
+  assert np.mean(np.asarray(narrow != exact)) > 0.1
+
+
+def make_embed(vocab_size, embed_dim, dtype):
+  return layers.Embed(
+    vocab_size,
+    embed_dim,
+    rngs=nnx.Rngs(0),
+    dtype=dtype,
+    param_dtype=jnp.float32,
+  )
+
+
+def test_embedding_gradient_adds_up_in_float32():
+  # 1,000 ones: in bfloat16 a sum of ones stops at 256.
+  embed = make_embed(3, 2, jnp.bfloat16)
+  tokens = jnp.full((1, 1000), 1, jnp.int32)
+  graphdef, state = nnx.split(embed)
+
+  def total(state):
+    return nnx.merge(graphdef, state)(tokens).astype(jnp.float32).sum()
+
+  gradient = jax.grad(total)(state)["embedding"][...]
+  np.testing.assert_array_equal(gradient, [[0, 0], [1000, 1000], [0, 0]])
+
+
+def test_scores_are_float32_with_the_gradient_of_a_product():
+  rng = np.random.default_rng(0)
+  embed = make_embed(7, 5, jnp.float32)
+  x = jnp.asarray(rng.standard_normal((2, 3, 5)), jnp.float32)
+  weights = jnp.asarray(rng.standard_normal((2, 3, 7)), jnp.float32)
+  graphdef, state = nnx.split(embed)
+
+  def loss(state, x):
+    return jnp.vdot(weights, nnx.merge(graphdef, state).attend(x))
+
+  grad_state, grad_x = jax.grad(loss, argnums=(0, 1))(state, x)
+  table = np.asarray(embed.embedding[...])
+  np.testing.assert_allclose(grad_x, weights @ table, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    grad_state["embedding"][...],
+    np.einsum("abv,abd->vd", weights, x),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def test_bfloat16_scores_are_not_rounded_to_bfloat16():
+  embed = make_embed(4, 64, jnp.bfloat16)
+  x = jnp.asarray(
+    np.random.default_rng(0).standard_normal((1, 64)), jnp.bfloat16
+  )
+  actual = embed.attend(x)
+  table = embed.embedding[...].astype(jnp.bfloat16)
+  exact = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-7)
+
+
+def test_gated_mlp_literal():
+  mlp = layers.GatedMLP(
+    1, 2, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32
+  )
+  mlp.gate_proj.kernel[...] = jnp.asarray([[1.0, 2.0]])
+  mlp.up_proj.kernel[...] = jnp.asarray([[3.0, 5.0]])
+  mlp.down_proj.kernel[...] = jnp.asarray([[7.0], [11.0]])
+  # silu(x) = x / (1 + exp(-x))
+  first, second = 1.0 / (1.0 + np.exp(-1.0)), 2.0 / (1.0 + np.exp(-2.0))
+  expected = 7.0 * first * 3.0 + 11.0 * second * 5.0
+  actual = mlp(jnp.ones((1, 1, 1)))
+  np.testing.assert_allclose(actual, [[[expected]]], rtol=1e-6)

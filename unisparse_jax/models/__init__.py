@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax NNX decoder of the Llama and Qwen family, cache and generation."""
+
+from unisparse_jax.models import hf_import as hf_import
+from unisparse_jax.models.config import DecoderConfig as DecoderConfig
+from unisparse_jax.models.config import LinearScaling as LinearScaling
+from unisparse_jax.models.config import Llama3Scaling as Llama3Scaling
+from unisparse_jax.models.config import YarnScaling as YarnScaling
+from unisparse_jax.models.decoder import Decoder as Decoder
+from unisparse_jax.models.decoder import capture_qkv as capture_qkv
+from unisparse_jax.models.generate import decode as decode
+from unisparse_jax.models.generate import decode_step as decode_step
+from unisparse_jax.models.generate import generate as generate
+from unisparse_jax.models.generate import prefill as prefill
+from unisparse_jax.models.kv_cache import KVCache as KVCache
+from unisparse_jax.models.sampling import Greedy as Greedy
+from unisparse_jax.models.sampling import Sampler as Sampler
+from unisparse_jax.models.sampling import Temperature as Temperature
+from unisparse_jax.models.sampling import TopK as TopK
+from unisparse_jax.models.sampling import TopP as TopP
+
+load_hf = hf_import.load
+load_hf_config = hf_import.load_config
+save_hf = hf_import.save

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention layer; how to attend is an argument."""
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from unisparse_jax.models import config as config_lib
+from unisparse_jax.models import kv_cache, layers, rope
+
+
+class Attention(nnx.Module):
+  """Projections, RoPE, cache write and the call of `attention_fn`."""
+
+  def __init__(
+    self,
+    config: config_lib.DecoderConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    out_stddev: float = layers.INIT_STDDEV,
+  ):
+    types = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    embed_dim, head_dim = config.embed_dim, config.head_dim
+    q_dim, kv_dim = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    bias = dict(use_bias=config.attention_bias)
+    self.q_proj = layers.linear(embed_dim, q_dim, **bias, **types)
+    self.k_proj = layers.linear(embed_dim, kv_dim, **bias, **types)
+    self.v_proj = layers.linear(embed_dim, kv_dim, **bias, **types)
+    self.o_proj = layers.linear(q_dim, embed_dim, stddev=out_stddev, **types)
+    if config.qk_norm:
+      norm = dict(eps=config.norm_eps, param_dtype=param_dtype)
+      self.q_norm = layers.RMSNorm(head_dim, **norm)
+      self.k_norm = layers.RMSNorm(head_dim, **norm)
+    self.config = config
+
+  def __call__(
+    self,
+    x: Float[Array, "batch q_len embed_dim"],
+    cos: Float[Array, "#batch q_len 1 half"],
+    sin: Float[Array, "#batch q_len 1 half"],
+    *,
+    attention_fn,
+    lengths: Int[Array, " batch"] | None = None,
+    cache: kv_cache.KVCache | None = None,
+    layer: int = 0,
+    cache_is_empty: bool = False,
+  ) -> tuple[Float[Array, "batch q_len embed_dim"], kv_cache.KVCache | None]:
+    """Attends from x to x and to what the cache holds.
+
+    Args:
+      x: [batch, q_len, embed_dim], normalised.
+      cos: of the positions of x, from `rope.cos_sin`.
+      sin: as cos.
+      attention_fn: (q, k, v, causal, scale, q_offset, kv_len) -> out.
+      lengths: valid tokens of x in each row, or None for all.
+      cache: read and written at `layer`; its lengths are left alone.
+      layer: index in the cache.
+      cache_is_empty: promise that attention needs x alone.
+
+    Returns:
+      [batch, q_len, embed_dim] and the cache.
+    """
+    batch, q_len, _ = x.shape
+    config = self.config
+    # [batch, q_len, heads, head_dim]
+    q = self.q_proj(x).reshape(batch, q_len, config.num_heads, config.head_dim)
+    kv_shape = (batch, q_len, config.num_kv_heads, config.head_dim)
+    k = self.k_proj(x).reshape(kv_shape)
+    v = self.v_proj(x).reshape(kv_shape)
+    if config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
+
+    q_offset, kv_len = 0, lengths
+    if cache is not None:
+      cache = cache.append(layer, k, v, is_empty=cache_is_empty)
+      if not cache_is_empty:
+        q_offset = cache.lengths
+        kv_len = cache.lengths + (q_len if lengths is None else lengths)
+        k = cache.k[layer].astype(q.dtype)
+        v = cache.v[layer].astype(q.dtype)
+    out = attention_fn(
+      q, k, v, causal=True, scale=None, q_offset=q_offset, kv_len=kv_len
+    )
+    return self.o_proj(out.reshape(batch, q_len, -1)), cache

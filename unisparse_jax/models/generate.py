@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill, one decoding step, and generation as one compiled loop.
+
+The model goes through `jax.jit` as the pytree that it is: splitting it first
+takes some 4 ms a call for six layers, ten times as long.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks
+from unisparse_jax import attention
+from unisparse_jax.models import arguments, decoder, kv_cache, sampling
+
+# Prompts of similar length then share one compiled decoding loop.
+_CAPACITY_MULTIPLE = 128
+
+
+def prefill(
+  model: decoder.Decoder,
+  tokens: Int[Array | np.ndarray, "batch q_len"],
+  *,
+  cache: kv_cache.KVCache | None = None,
+  capacity: int | None = None,
+  lengths: Int[Array | np.ndarray, " batch"] | None = None,
+  attention_fn: attention.AttentionFn = attention.DenseAttention(),
+  chunk: int | None = None,
+) -> tuple[Float[Array, "batch vocab_size"], kv_cache.KVCache]:
+  """Runs a prompt through the model and keeps its keys and values.
+
+  Compiled once per shape and settings.
+
+  Args:
+    model: a decoder.
+    tokens: int [batch, q_len], right-padded.
+    cache: earlier tokens that these follow; left as it is. Default: none.
+    capacity: tokens that the new cache can hold; default q_len. Not with
+      `cache`.
+    lengths: int [batch], valid tokens of each row, 1 to q_len; default q_len.
+    attention_fn: how every layer attends.
+    chunk: tokens per pass, which bounds the memory of the activations; default
+      all. A pass attends to the cache with a q_offset.
+
+  Returns:
+    float32 logits after each row's last valid token, and the cache.
+
+  Raises:
+    ValueError: an argument is off, the prompt exceeds the model's max_len or
+      the capacity; the message names it. Nothing has run then.
+  """
+  tokens = arguments.as_tokens(tokens)
+  batch, q_len = tokens.shape
+  decoder.check_len("tokens", q_len, model.config)
+  lengths = arguments.as_lengths(lengths, batch, q_len)
+  arguments.check_hashable("attention_fn", attention_fn)
+  if chunk is not None:
+    checks.check_positive_int("chunk", chunk)
+    chunk = int(chunk) if chunk < q_len else None
+  if cache is None:
+    capacity = q_len if capacity is None else capacity
+    checks.check_positive_int("capacity", capacity)
+    checks.require(
+      capacity >= q_len,
+      "capacity",
+      "be at least the length of tokens",
+      capacity,
+      f"capacity >= {q_len}",
+    )
+  else:
+    checks.require(
+      capacity is None, "capacity", "be None with a cache", capacity
+    )
+    used = cache.check_room(q_len)
+    decoder.check_len("cache and tokens", used + q_len, model.config)
+  return _prefill(
+    model,
+    tokens,
+    lengths,
+    cache,
+    attention_fn=attention_fn,
+    chunk=chunk,
+    capacity=capacity,
+  )
+
+
+def decode_step(
+  model: decoder.Decoder,
+  tokens: Int[Array, " batch"],
+  cache: kv_cache.KVCache,
+  *,
+  attention_fn: attention.AttentionFn = attention.DenseAttention(),
+) -> tuple[Float[Array, "batch vocab_size"], kv_cache.KVCache]:
+  """One token a row, attending to the whole cache.
+
+  Args:
+    model: a decoder.
+    tokens: int [batch].
+    cache: earlier tokens. Donated: its buffers become those of the result.
+    attention_fn: how every layer attends.
+
+  Returns:
+    float32 logits of the next token and the cache. NaN where the cache is full.
+  """
+  checks.check_shape("tokens", tokens, ("batch",), (cache.batch,))
+  arguments.check_hashable("attention_fn", attention_fn)
+  return _decode_step(model, tokens, cache, attention_fn=attention_fn)
+
+
+def decode(
+  model: decoder.Decoder,
+  logits: Float[Array, "batch vocab_size"],
+  cache: kv_cache.KVCache,
+  *,
+  max_new_tokens: int,
+  sampler: sampling.Sampler = sampling.Greedy(),
+  attention_fn: attention.AttentionFn = attention.DenseAttention(),
+  eos_id: int | Sequence[int] | None = None,
+  rng_key: Array | None = None,
+) -> tuple[Int[Array, "batch max_new_tokens"], kv_cache.KVCache]:
+  """Draws new tokens after a `prefill`, in one compiled loop.
+
+  Args:
+    model: a decoder.
+    logits: of the first new token, from `prefill`.
+    cache: from `prefill`, with room for max_new_tokens - 1 more. Donated.
+    max_new_tokens: at least 1.
+    sampler: how tokens are drawn.
+    attention_fn: how every layer attends.
+    eos_id: token, or tokens, that end a row; the loop ends when all rows have.
+    rng_key: needed by every sampler but Greedy.
+
+  Returns:
+    int32 [batch, max_new_tokens], filled up with the (first) eos_id after the
+    end of a row, and the cache. The last token drawn is not in the cache.
+
+  Raises:
+    ValueError: an argument is off; the message names it.
+  """
+  checks.check_positive_int("max_new_tokens", max_new_tokens)
+  vocab_size = model.config.vocab_size
+  checks.check_shape(
+    "logits", logits, ("batch", "vocab_size"), (cache.batch, vocab_size)
+  )
+  arguments.check_hashable("attention_fn", attention_fn)
+  arguments.check_hashable("sampler", sampler)
+  checks.require(
+    rng_key is not None or not sampler.needs_key,
+    "rng_key",
+    "be given for this sampler",
+    rng_key,
+  )
+  eos_ids = arguments.as_eos_ids(eos_id, vocab_size)
+  used = cache.check_room(int(max_new_tokens) - 1)
+  total = used + int(max_new_tokens)
+  decoder.check_len("cache and max_new_tokens", total, model.config)
+  return _decode(
+    model,
+    logits,
+    cache,
+    rng_key,
+    max_new_tokens=int(max_new_tokens),
+    sampler=sampler,
+    attention_fn=attention_fn,
+    eos_ids=eos_ids,
+  )
+
+
+def generate(
+  model: decoder.Decoder,
+  tokens: Int[Array | np.ndarray, "batch q_len"],
+  *,
+  max_new_tokens: int,
+  sampler: sampling.Sampler = sampling.Greedy(),
+  attention_fn: attention.AttentionFn = attention.DenseAttention(),
+  eos_id: int | Sequence[int] | None = None,
+  lengths: Int[Array | np.ndarray, " batch"] | None = None,
+  rng_key: Array | None = None,
+  chunk: int | None = None,
+) -> Int[Array, "batch max_new_tokens"]:
+  """New tokens after each row of a right-padded batch of prompts.
+
+  The prefill uses `attention_fn`; the decoding steps are dense.
+
+  Args:
+    model: a decoder.
+    tokens: int [batch, q_len], right-padded.
+    max_new_tokens: at least 1.
+    sampler: how tokens are drawn.
+    attention_fn: how every layer attends in the prefill.
+    eos_id: token, or tokens, that end a row.
+    lengths: int [batch], valid tokens of each row; default q_len.
+    rng_key: needed by every sampler but Greedy.
+    chunk: tokens per prefill pass; default all.
+
+  Returns:
+    int32 [batch, max_new_tokens], see `decode`.
+
+  Raises:
+    ValueError: an argument is off, or the prompt and the new tokens exceed the
+      model's max_len; the message names it. Nothing has run then.
+  """
+  tokens = arguments.as_tokens(tokens)
+  decoder.check_len("tokens", tokens.shape[1], model.config)
+  checks.check_positive_int("max_new_tokens", max_new_tokens)
+  total = tokens.shape[1] + int(max_new_tokens)
+  decoder.check_len("tokens and max_new_tokens", total, model.config)
+  # Checked again by `decode`, but before the prefill runs.
+  checks.require(
+    rng_key is not None or not sampler.needs_key,
+    "rng_key",
+    "be given for this sampler",
+    rng_key,
+  )
+  arguments.as_eos_ids(eos_id, model.config.vocab_size)
+  logits, cache = prefill(
+    model,
+    tokens,
+    capacity=-(-total // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE,
+    lengths=lengths,
+    attention_fn=attention_fn,
+    chunk=chunk,
+  )
+  out, _ = decode(
+    model,
+    logits,
+    cache,
+    max_new_tokens=max_new_tokens,
+    sampler=sampler,
+    eos_id=eos_id,
+    rng_key=rng_key,
+  )
+  return out
+
+
+@functools.partial(
+  jax.jit, static_argnames=("attention_fn", "chunk", "capacity")
+)
+def _prefill(model, tokens, lengths, cache, *, attention_fn, chunk, capacity):
+  batch, q_len = tokens.shape
+  is_empty = cache is None
+  if cache is None:
+    cache = kv_cache.KVCache.init(
+      model.config, batch=batch, capacity=capacity, dtype=model.dtype
+    )
+  if chunk is None:
+    return model(
+      tokens,
+      cache=cache,
+      attention_fn=attention_fn,
+      lengths=lengths,
+      logits_for="last",
+      cache_is_empty=is_empty,
+    )
+
+  if lengths is None:
+    lengths = jnp.full((batch,), q_len, jnp.int32)
+
+  def run(carry, start, chunk_tokens):
+    cache, last = carry
+    valid = jnp.clip(lengths - start, 0, chunk_tokens.shape[1])
+    hidden, cache = model.hidden_states(
+      chunk_tokens, cache=cache, attention_fn=attention_fn, lengths=valid
+    )
+    # A row that ended in an earlier chunk keeps what it had.
+    last = jnp.where(
+      (valid > 0)[:, None], decoder.last_valid(hidden, valid), last
+    )
+    return cache, last
+
+  num_chunks = q_len // chunk
+  starts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
+  # [num_chunks, batch, chunk]
+  chunks = tokens[:, : num_chunks * chunk].reshape(batch, num_chunks, chunk)
+  chunks = jnp.transpose(chunks, (1, 0, 2))
+  last = jnp.zeros((batch, model.config.embed_dim), model.dtype)
+  carry, _ = lax.scan(
+    lambda carry, x: (run(carry, *x), None), (cache, last), (starts, chunks)
+  )
+  if q_len % chunk:
+    carry = run(carry, num_chunks * chunk, tokens[:, num_chunks * chunk :])
+  cache, last = carry
+  return model.logits(last), cache
+
+
+@functools.partial(
+  jax.jit, static_argnames="attention_fn", donate_argnames="cache"
+)
+def _decode_step(model, tokens, cache, *, attention_fn):
+  return model(
+    tokens[:, None],
+    cache=cache,
+    attention_fn=attention_fn,
+    logits_for="last",
+  )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("max_new_tokens", "sampler", "attention_fn", "eos_ids"),
+  donate_argnames="cache",
+)
+def _decode(
+  model,
+  logits,
+  cache,
+  rng_key,
+  *,
+  max_new_tokens,
+  sampler,
+  attention_fn,
+  eos_ids,
+):
+  batch = logits.shape[0]
+
+  def draw(step, logits, is_done, out):
+    key = None if rng_key is None else jax.random.fold_in(rng_key, step)
+    token = sampler(logits, key)
+    if eos_ids:
+      token = jnp.where(is_done, eos_ids[0], token)
+      is_eos = [token == eos_id for eos_id in eos_ids]
+      is_done = functools.reduce(operator.or_, is_eos, is_done)
+    out = lax.dynamic_update_slice(out, token[:, None], (0, step))
+    return token, is_done, out
+
+  def body(carry):
+    step, token, is_done, out, cache = carry
+    logits, cache = model(
+      token[:, None],
+      cache=cache,
+      attention_fn=attention_fn,
+      lengths=jnp.where(is_done, 0, 1),
+      logits_for="last",
+    )
+    token, is_done, out = draw(step, logits, is_done, out)
+    return step + 1, token, is_done, out, cache
+
+  def is_running(carry):
+    step, _, is_done, *_ = carry
+    return (step < max_new_tokens) & ~jnp.all(is_done)
+
+  fill = eos_ids[0] if eos_ids else 0
+  out = jnp.full((batch, max_new_tokens), fill, jnp.int32)
+  step = jnp.int32(0)
+  token, is_done, out = draw(step, logits, jnp.zeros((batch,), bool), out)
+  *_, out, cache = lax.while_loop(
+    is_running, body, (step + 1, token, is_done, out, cache)
+  )
+  return out, cache
