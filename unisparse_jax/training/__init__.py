@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: `train(TrainConfig(...), DecoderConfig(...), make_source, dir)`."""
+
+from unisparse_jax.training.checkpoints import Checkpoints as Checkpoints
+from unisparse_jax.training.config import (
+  RUN_CONTROL_FIELDS as RUN_CONTROL_FIELDS,
+)
+from unisparse_jax.training.config import Stage as Stage
+from unisparse_jax.training.config import TrainConfig as TrainConfig
+from unisparse_jax.training.evaluation import answer_accuracy as answer_accuracy
+from unisparse_jax.training.evaluation import (
+  loss_by_position as loss_by_position,
+)
+from unisparse_jax.training.evaluation import position_edges as position_edges
+from unisparse_jax.training.evaluation import unigram_entropy as unigram_entropy
+from unisparse_jax.training.export import export as export
+from unisparse_jax.training.loop import TrainResult as TrainResult
+from unisparse_jax.training.loop import train as train
+from unisparse_jax.training.metrics import read_metrics as read_metrics
