@@ -3,6 +3,7 @@
 
 import dataclasses
 import enum
+import functools
 import logging
 import os
 import pathlib
@@ -21,8 +22,11 @@ from ml_collections import config_flags
 T = TypeVar("T")
 
 
+@functools.cache
 def define() -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Defines --config and --workdir; call it once, at the top of a main.
+  """Defines --config and --workdir, at the top of a main.
+
+  Two mains imported by one process, as tests do, share the flags.
 
   Returns:
     Holders of the config and of the workdir.

@@ -18,6 +18,13 @@ ALLOWED = {
     "unisparse_jax.models",
     "unisparse_jax.records",
   ),
+  "unisparse_jax.evaluation": (
+    "pallas_kernels",
+    "unisparse_jax.attention",
+    "unisparse_jax.models",
+    "unisparse_jax.tasks",
+    "unisparse_jax.timing",
+  ),
   "unisparse_jax.mcmc": (),
   "unisparse_jax.records": (),
   "unisparse_jax.timing": (),

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UniSparse and streaming beside dense attention, 8,192 tokens of real code.
+
+Run:     make demo
+         or python -m experiments.long_context
+           --config=configs/long_context/demo.py --workdir=out/demo
+Device:  2 CPU cores, 2 minutes; 6 GiB, most of it jax.nn attention.
+Expect:  to be filled from the first recorded run.
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.model = "pylib_12m"
+  config.seed = 0
+  config.dtype = "float32"
+  config.lengths = (8192,)
+  config.patterns = (
+    dict(label="unisparse 0.95", method="unisparse", top_p=0.95),
+    dict(
+      label="streaming",
+      method="streaming",
+      measure=("answers", "next_token", "layers"),
+    ),
+  )
+  config.tasks = ("niah_multikey_2", "vt", "qa_1")
+  config.samples = 1
+  config.code_rows = 1
+  config.quality_layers = (1, 4, 7)
+  config.timed_layers = (1, 4)
+  config.mask_layers = (1, 4, 7)
+  config.mask_label = "unisparse 0.95"
+  config.implementation = "xla"
+  config.dense_implementation = "tiled"
+  config.jax_nn_max_len = 8192
+  config.repeats = 2
+  config.prefill_repeats = 1
+  return config

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sparse prefill attention saves and costs on a real model and input.
+
+For each pattern and length of the config: task scores beside the dense ones,
+next-token agreement and KL on held-out code, recall and density, times of
+selection and attention, time to the first token, memory. Writes
+WORKDIR/records.jsonl, a line a measurement, and WORKDIR/report.html.
+
+The same command goes on where an earlier one stopped.
+"""
+
+import os
+import pathlib
+import time
+
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  html_report,
+  long_context_config,
+  long_context_run,
+  long_context_summary,
+)
+from unisparse_jax import data, models, records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = long_context_config.parse(_CONFIG.value)
+  folder = long_context_config.model_folder(config.model)
+  model_config = models.load_hf_config(folder)
+  config.check_model(model_config)
+  identity = long_context_config.identity(config, folder)
+  workdir = records.claim_workdir(_WORKDIR.value, identity)
+  flags_and_configs.start_jax(workdir)
+  console = make_console()
+  steps = long_context_run.plan(config, model_config.num_layers)
+  file = workdir / "records.jsonl"
+  found = records.read(file) if file.exists() else []
+  done = {long_context_run.key(record) for record in found}
+  missing = [step for step in steps if step.key not in done]
+  console.print(
+    f"{len(steps)} measurements of {folder.name}, "
+    f"{len(steps) - len(missing)} of them recorded already"
+  )
+  if missing:
+    measurer = long_context_run.Measurer(
+      config,
+      models.load_hf(folder, dtype=jnp.dtype(config.dtype)),
+      long_context_run.held_out_code(
+        workdir / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
+      ),
+      workdir,
+    )
+    run_steps(missing, measurer, records.RecordWriter(file, identity), console)
+  report = finish(records.read(file), workdir, console)
+  console.print(f"Report: {report}", soft_wrap=True)
+
+
+def run_steps(
+  steps: list[long_context_run.Step],
+  measurer: long_context_run.Measurer,
+  writer: records.RecordWriter,
+  console: rich.console.Console,
+):
+  """Takes the steps, with a line each and, on a terminal, a bar."""
+  columns = (
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeElapsedColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  with rich.progress.Progress(
+    *columns, console=console, disable=not console.is_terminal, transient=True
+  ) as progress:
+    bar = progress.add_task("", total=len(steps))
+    for number, step in enumerate(steps, start=1):
+      progress.update(bar, description=str(step))
+      start = time.perf_counter()
+      values = measurer.measure(step)
+      seconds = time.perf_counter() - start
+      writer.write(**vars(step), **values, seconds=seconds)
+      console.print(
+        f"[{number}/{len(steps)}] {step}: {brief(step, values)} "
+        f"({seconds:.1f} s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+      )
+      progress.advance(bar)
+
+
+def brief(step: long_context_run.Step, values: dict) -> str:
+  """The value of a measurement that a reader looks for first."""
+  return {
+    "answers": "score {score:.2f}",
+    "next_token": "agreement {agreement:.1%}, KL {kl:.4f}",
+    "layers": "density {density:.3f}, recall {recall:.4f}",
+    "attention_time": "{total_ms:.1f} ms, selection {select_ms:.1f} ms",
+    "prefill": "{median_ms:.0f} ms to the first token",
+    "masks": "written to {file}",
+  }[step.kind].format(**values)
+
+
+def finish(
+  found: list[dict], workdir: pathlib.Path, console: rich.console.Console
+) -> pathlib.Path:
+  """Prints the tables and writes the report."""
+  rows = long_context_summary.summarise(found)
+  console.print(long_context_summary.quality_table(rows))
+  console.print(long_context_summary.speed_table(rows))
+  return html_report.write(found, workdir)
+
+
+def make_console() -> rich.console.Console:
+  """A console; wide where the output is no terminal, so no line breaks."""
+  console = rich.console.Console()
+  if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 150
+  return console
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)

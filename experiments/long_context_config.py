@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the long-context experiment, checked before anything runs."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import flags_and_configs
+from pallas_kernels import checks
+from pallas_kernels.block_sparse_attention import api
+from unisparse_jax import attention, models, tasks
+from unisparse_jax.attention import dense
+
+DENSE = "dense"  # label of the reference, measured in every run
+JAX_NN = "jax.nn"  # label of `jax.nn.dot_product_attention`
+MEASURES = ("answers", "next_token", "layers", "attention_time", "prefill")
+_PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatternEntry:
+  """One row of the result.
+
+  Attributes:
+    label: name in tables and records.
+    pattern: the method with its settings.
+    measure: which of `MEASURES` to take.
+  """
+
+  label: str
+  pattern: attention.Pattern
+  measure: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongContextConfig:
+  """What is measured.
+
+  Attributes:
+    model: folder of a checkpoint, or the name of one that ships.
+    patterns: mappings with "label", "method", optionally "measure" (default
+      all of `MEASURES`) and the method's own settings.
+    lengths: tokens of a prompt and its answer.
+    tasks: names in `tasks.TASKS`; none: no answers.
+    samples: prompts of each task and length.
+    code_rows: stretches of held-out code for the next-token comparison.
+    quality_layers: layers whose recall is measured; none: all.
+    timed_layers: layers whose attention is timed.
+    mask_layers: layers whose heads may be drawn.
+    mask_label: the pattern that is drawn; "" draws none.
+    implementation: back end of sparse attention; named, so that none is fallen
+      back to.
+    dense_implementation: that of the dense reference.
+    jax_nn_max_len: longest input `jax.nn.dot_product_attention` is timed on;
+      it stores the logit matrix.
+    repeats: timed calls of an attention.
+    prefill_repeats: timed calls of a prefill.
+    batch_size: prompts answered together.
+    dtype: of weights and activations.
+    seed: of prompts and code.
+  """
+
+  model: str
+  patterns: tuple
+  lengths: tuple[int, ...]
+  tasks: tuple[str, ...] = ()
+  samples: int = 1
+  code_rows: int = 1
+  quality_layers: tuple[int, ...] = ()
+  timed_layers: tuple[int, ...] = (0,)
+  mask_layers: tuple[int, ...] = (0,)
+  mask_label: str = ""
+  implementation: str = "xla"
+  dense_implementation: str = "tiled"
+  jax_nn_max_len: int = 8192
+  repeats: int = 3
+  prefill_repeats: int = 1
+  batch_size: int = 1
+  dtype: str = "float32"
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("samples", "code_rows", "repeats", "prefill_repeats"):
+      checks.check_positive_int(name, getattr(self, name))
+    checks.check_positive_int("batch_size", self.batch_size)
+    checks.check_non_negative_int("seed", self.seed)
+    checks.check_non_negative_int("jax_nn_max_len", self.jax_nn_max_len)
+    for name in ("lengths", "patterns", "timed_layers"):
+      checks.require(getattr(self, name), name, "not be empty", ())
+    for name in ("lengths", "tasks", "quality_layers", "timed_layers"):
+      values = getattr(self, name)
+      unique = len(set(values)) == len(values)
+      checks.require(unique, name, "name nothing twice", values)
+    for length in self.lengths:
+      checks.check_positive_int("lengths", length)
+    for task in self.tasks:
+      checks.check_choice("tasks", task, tasks.TASKS)
+    checks.check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+    checks.check_choice(
+      "implementation", self.implementation, api.IMPLEMENTATIONS
+    )
+    checks.check_choice(
+      "dense_implementation", self.dense_implementation, dense.IMPLEMENTATIONS
+    )
+    labels = [entry.label for entry in self.entries]
+    checks.require(
+      len(set(labels)) == len(labels), "patterns", "have one label each", labels
+    )
+    if self.mask_label:
+      checks.check_choice("mask_label", self.mask_label, labels)
+
+  @property
+  def entries(self) -> tuple[PatternEntry, ...]:
+    """`patterns`, built."""
+    return tuple(
+      _entry(values, f"config.patterns[{i}]")
+      for i, values in enumerate(self.patterns)
+    )
+
+  def entry(self, label: str) -> PatternEntry:
+    """The pattern of this label."""
+    return {entry.label: entry for entry in self.entries}[label]
+
+  def attention_fn(self, label: str) -> attention.AttentionFn:
+    """The attention of a label, `DENSE` and `JAX_NN` among them."""
+    if label == DENSE:
+      return attention.DenseAttention(implementation=self.dense_implementation)
+    if label == JAX_NN:
+      return attention.DenseAttention(implementation="xla")
+    return attention.SparseAttention(
+      pattern=self.entry(label).pattern, implementation=self.implementation
+    )
+
+  def check_model(self, model: models.DecoderConfig):
+    """Raises ValueError where the model cannot serve these settings."""
+    for length in self.lengths:
+      checks.require(
+        length <= model.max_len,
+        "lengths",
+        "not exceed the model's max_len",
+        length,
+        f"<= {model.max_len}",
+      )
+      for task in self.tasks:
+        budget = tasks.TASKS[task].max_new_tokens
+        checks.require(
+          length > budget,
+          "lengths",
+          f"hold an answer to {task}",
+          length,
+          f"> {budget}",
+        )
+    for name in ("quality_layers", "timed_layers", "mask_layers"):
+      for layer in getattr(self, name):
+        checks.require(
+          isinstance(layer, int) and 0 <= layer < model.num_layers,
+          name,
+          "be layers of the model",
+          layer,
+          f"0 to {model.num_layers - 1}",
+        )
+
+
+def parse(config: Any) -> LongContextConfig:
+  """Builds the settings; ValueError for an unknown key or a bad value."""
+  return flags_and_configs.to_dataclass(
+    LongContextConfig, config, name="config"
+  )
+
+
+def model_folder(name: str) -> pathlib.Path:
+  """Folder of a checkpoint: a path, or the name of one that ships."""
+  for folder in (_PRETRAINED / name, pathlib.Path(name)):
+    if (folder / "config.json").is_file():
+      return folder
+  shipped = sorted(p.parent.name for p in _PRETRAINED.glob("*/config.json"))
+  raise ValueError(
+    "config.model must be a checkpoint's folder or a shipped model; got "
+    f"model={name!r}; expected a folder with config.json, or one of {shipped}."
+  )
+
+
+def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
+  """What must agree for two calls to share a workdir."""
+  weights = folder / _WEIGHTS
+  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  if weights.is_file():
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    values["model_sha256"] = digest[:16]
+  return values
+
+
+def _entry(values: Any, name: str) -> PatternEntry:
+  if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
+    raise ValueError(f"{name} must be a mapping; got {values!r}.")
+  settings = flags_and_configs.to_dict(values)
+  for key in ("label", "method"):
+    if not isinstance(settings.get(key), str) or not settings[key]:
+      raise ValueError(
+        f"{name} must name its {key}; got {key}={settings.get(key)!r}."
+      )
+  label, method = settings.pop("label"), settings.pop("method")
+  measure = tuple(settings.pop("measure", MEASURES))
+  for kind in measure:
+    checks.check_choice(f"{name}.measure", kind, MEASURES)
+  if label in (DENSE, JAX_NN):
+    raise ValueError(
+      f"{name}.label must not be that of a baseline; got label={label!r}; "
+      "the baselines are measured in every run."
+    )
+  try:
+    pattern = attention.make_pattern(method, **settings)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
+  return PatternEntry(label=label, pattern=pattern, measure=measure)

@@ -1,0 +1,65 @@
+"""What a pattern keeps of the dense attention of one layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from unisparse_jax import attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerQuality:
+  """Of one layer on one input.
+
+  Attributes:
+    density: kept blocks over reachable blocks, mean over heads.
+    nominal_density: kept pairs of tokens over visible pairs, likewise.
+    recall: dense softmax mass on kept keys, mean over queries and heads.
+    recall_p1: its first percentile.
+    cra: its minimum over queries, then over heads.
+    relative_l1: output error against dense attention.
+    cosine: of the outputs.
+  """
+
+  density: float
+  nominal_density: float
+  recall: float
+  recall_p1: float
+  cra: float
+  relative_l1: float
+  cosine: float
+
+
+def layer_quality(
+  pattern: attention.Pattern, q: Array, k: Array, v: Array, dense_out: Array
+) -> LayerQuality:
+  """Density, recall and output error of a pattern.
+
+  Args:
+    pattern: the method.
+    q: [batch, q_len, num_heads, head_dim], from `models.capture_qkv`.
+    k: [batch, kv_len, num_kv_heads, head_dim].
+    v: as k.
+    dense_out: dense attention of them, as q.
+  """
+  values = _quality(pattern, q, k, v, dense_out)
+  return LayerQuality(**{name: float(x) for name, x in values.items()})
+
+
+@jax.jit(static_argnums=0)
+def _quality(pattern, q, k, v, dense_out):
+  mask = pattern.select(q, k)
+  out = attention.sparse_attention(q, k, v, mask)
+  recall = attention.metrics.recall(q, k, mask)
+  error = attention.metrics.output_error(out, dense_out)
+  return {
+    "density": attention.metrics.density(mask).mean(),
+    "nominal_density": attention.metrics.nominal_density(mask).mean(),
+    "recall": recall.mean(),
+    "recall_p1": jnp.quantile(recall, 0.01),
+    "cra": recall.min(),
+    "relative_l1": error["relative_l1"],
+    "cosine": error["cosine"],
+  }
