@@ -140,6 +140,7 @@ class Measurer:
     kind = tasks.TASKS[task]
     # Every prompt leaves room for the longest answer of all tasks, so that one
     # compiled prefill serves them.
+    assert self._length is not None, "a length is set before its samples"
     max_len = self._length - longest + kind.max_new_tokens
     return [
       kind.sample(rng, self._corpus, self._corpus.tokenizer, max_len)
