@@ -48,7 +48,7 @@ def block_sparse_attention(
   causal,
   scale,
   blocks_per_step=2,
-):
+) -> tuple[jax.Array, jax.Array]:
   """See `api.block_sparse_attention`; blocks_per_step: blocks read at once."""
   settings = (block_q, block_kv, causal, scale, blocks_per_step)
   return _attention(
