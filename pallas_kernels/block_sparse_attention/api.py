@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu.block_sparse_attention,
   "reference": reference.block_sparse_attention,
   "xla": xla.block_sparse_attention,
 }
@@ -54,7 +55,7 @@ def block_sparse_attention(
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
     kv_len: number of valid keys; scalar or [batch]; default all of k.
-    implementation: "xla", "reference", a sequence to try in order, or None for
+    implementation: "mosaic_gpu", "xla", "reference", a sequence to try in order, or None for
       this platform's default.
 
   Returns:

@@ -1,0 +1,663 @@
+"""Hopper back end: TMA loads by block list, wgmma products, forward.
+
+One thread block holds 128 query rows: two compute warpgroups of 64 rows each
+and one warpgroup that loads. The loader walks the row's block list and asks the
+copy engine for one key and one value tile a step; the compute warpgroups take
+turns on the tensor cores, so that one's softmax runs beside the other's
+products. Blocks that need a per-token mask come first in a list and are walked
+with a mask, the rest without. The softmax scale is folded into the base-2
+exponent. Thread blocks are persistent and walk a list of tiles, longest first
+within a mask head, in turns that reverse so that each gets the same work.
+
+TUNING.md beside this file has what was tried and what it brought.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import device
+from pallas_kernels.block_sparse_attention import tuning, xla
+
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+_NO_KEY = -1e30  # running maximum of a row without keys; masked logits are -inf
+_ROWS = 64  # query rows of one warpgroup
+_TILE_ROWS = 8  # rows of a swizzled tile in shared memory
+_LOADER_REGISTERS = 24
+_COMPUTE_REGISTERS = 240
+HEAD_DIMS = (64, 128, 256)
+BLOCKS = (64, 128)
+
+
+def block_sparse_attention(
+  q,  # [batch, q_len, num_heads, head_dim]
+  k,  # [batch, kv_len, num_kv_heads, head_dim]
+  v,  # [batch, kv_len, num_kv_heads, head_dim]
+  kv_block_indices,  # int32 [batch, num_mask_heads, num_q_blocks, max_blocks]
+  num_kv_blocks,  # int32 [batch, num_mask_heads, num_q_blocks]
+  q_offset,  # int32 [batch]
+  kv_len,  # int32 [batch]
+  *,
+  block_q,
+  block_kv,
+  causal,
+  scale,
+  config: tuning.ForwardConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """See `api.block_sparse_attention`; config: schedule, default the tuned."""
+  if not device.is_hopper():
+    raise NotImplementedError(
+      "mosaic_gpu needs an NVIDIA GPU of compute capability 9.0 (Hopper); got "
+      f"device={jax.devices()[0].device_kind!r}."
+    )
+  check_supported(q, block_q, block_kv)
+  return attention(
+    q,
+    k,
+    v,
+    kv_block_indices,
+    num_kv_blocks,
+    q_offset,
+    kv_len,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+    scale=scale,
+    config=config,
+  )
+
+
+def check_supported(q, block_q, block_kv):
+  """Raises NotImplementedError, with the reason, for what the kernel cannot."""
+  _pallas()
+  for name, value, choices in (
+    ("head_dim", q.shape[-1], HEAD_DIMS),
+    ("block_q", block_q, BLOCKS),
+    ("block_kv", block_kv, BLOCKS),
+    ("dtype", jnp.dtype(q.dtype).name, ("bfloat16", "float16")),
+  ):
+    if value not in choices:
+      raise NotImplementedError(
+        f"mosaic_gpu serves {name} of {choices}; got {name}={value!r}."
+      )
+
+
+def attention(
+  q,
+  k,
+  v,
+  indices,
+  counts,
+  q_offset,
+  kv_len,
+  *,
+  block_q,
+  block_kv,
+  causal,
+  scale,
+  config=None,
+):
+  """The op without a look at the device, so that it lowers on any machine."""
+  if config is None:
+    config = tuning.forward_config(q.shape[-1], block_kv)
+  settings = (block_q, block_kv, causal, scale, config)
+  return _attention(q, k, v, indices, counts, q_offset, kv_len, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(q, k, v, indices, counts, q_offset, kv_len, settings):
+  return _forward(q, k, v, indices, counts, q_offset, kv_len, settings)
+
+
+def _attention_fwd(q, k, v, indices, counts, q_offset, kv_len, settings):
+  out, lse = _forward(q, k, v, indices, counts, q_offset, kv_len, settings)
+  return (out, lse), (q, k, v, indices, counts, q_offset, kv_len, out, lse)
+
+
+def _attention_bwd(settings, residuals, cotangents):
+  return xla._attention_bwd((*settings[:4], 2), residuals, cotangents)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+  """Static sizes of one call."""
+
+  num_heads: int
+  num_kv_heads: int
+  num_mask_heads: int
+  num_q_blocks: int
+  max_blocks: int
+  head_dim: int
+  block_q: int
+  block_kv: int
+  num_rows: int  # batch * num_mask_heads * num_q_blocks
+  causal: bool
+  scale_log2: float
+  config: tuning.ForwardConfig
+
+  @property
+  def heads_per_mask(self) -> int:
+    return self.num_heads // self.num_mask_heads
+
+  @property
+  def heads_per_tile(self) -> int:
+    """Two heads where a block has one warpgroup's rows and lists are shared."""
+    shared = math.gcd(self.heads_per_mask, self.num_heads // self.num_kv_heads)
+    return 2 if self.block_q == _ROWS and shared % 2 == 0 else 1
+
+  @property
+  def compute_wgs(self) -> int:
+    return self.heads_per_tile * self.block_q // _ROWS
+
+  @property
+  def tiles_per_row(self) -> int:
+    return self.heads_per_mask // self.heads_per_tile
+
+  @property
+  def num_tiles(self) -> int:
+    return self.num_rows * self.tiles_per_row
+
+  @property
+  def steps_per_block(self) -> int:
+    return self.block_kv // self.config.tile_kv
+
+
+def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
+  block_q, block_kv, causal, scale, config = settings
+  batch, q_len, num_heads, head_dim = q.shape
+  num_mask_heads, num_q_blocks, max_blocks = indices.shape[1:]
+  tiling = _Tiling(
+    num_heads=num_heads,
+    num_kv_heads=k.shape[2],
+    num_mask_heads=num_mask_heads,
+    num_q_blocks=num_q_blocks,
+    max_blocks=max_blocks,
+    head_dim=head_dim,
+    block_q=block_q,
+    block_kv=block_kv,
+    num_rows=batch * num_mask_heads * num_q_blocks,
+    causal=causal,
+    scale_log2=scale * _LOG2_E,
+    config=config,
+  )
+  num_masked = count_masked(
+    indices, counts, q_offset, kv_len, block_q, block_kv, causal
+  )
+  q = _pad_length(q, _ROWS)
+  k, v = (_pad_length(x, config.tile_kv) for x in (k, v))
+  out, lse = _call(
+    q,
+    k,
+    v,
+    longest_first(counts),
+    indices.reshape(-1),
+    counts.reshape(-1),
+    num_masked.reshape(-1),
+    q_offset,
+    kv_len,
+    tiling,
+  )
+  return out[:, :q_len], jnp.swapaxes(lse, 1, 2)[:, :q_len]
+
+
+def count_masked(indices, counts, q_offset, kv_len, block_q, block_kv, causal):
+  """How many leading blocks of each list may need a per-token mask.
+
+  Args:
+    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
+    counts: int32 [batch, num_mask_heads, num_q_blocks].
+    q_offset: int32 [batch].
+    kv_len: int32 [batch].
+    block_q: queries per block.
+    block_kv: keys per block.
+    causal: whether a query sees only keys up to its own position.
+
+  Returns:
+    int32 [batch, num_mask_heads, num_q_blocks]: one past the last slot whose
+    block is not seen as a whole by every query of the row.
+  """
+  seen = kv_len[:, None, None]
+  if causal:
+    q_block = lax.broadcasted_iota(jnp.int32, counts.shape, 2)
+    first_query = q_offset[:, None, None] + q_block * block_q
+    seen = jnp.minimum(seen, first_query + 1)
+  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
+  needs_mask = (indices + 1) * block_kv > seen[..., None]
+  needs_mask &= slot < counts[..., None]
+  return jnp.max(jnp.where(needs_mask, slot + 1, 0), axis=-1, initial=0)
+
+
+def longest_first(counts):
+  """int32 [rows]: numbers of the rows, longest first within each mask head."""
+  batch, num_mask_heads, num_q_blocks = counts.shape
+  order = jnp.argsort(-counts, axis=-1, stable=True).astype(jnp.int32)
+  first = jnp.arange(batch * num_mask_heads, dtype=jnp.int32) * num_q_blocks
+  order = order.reshape(batch * num_mask_heads, num_q_blocks) + first[:, None]
+  return order.reshape(-1)
+
+
+def _pad_length(x, least):
+  """Appends rows: the copy engine takes 8 at once, and never all of `least`."""
+  missing = max(least, -(-x.shape[1] // _TILE_ROWS) * _TILE_ROWS) - x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _pallas():
+  """The Pallas modules; imported late because their names change."""
+  try:
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    plgpu.LoweringSemantics.Warpgroup  # noqa: B018
+    plgpu.wgmma_accumulator_load  # noqa: B018
+  except (ImportError, AttributeError) as error:
+    raise NotImplementedError(
+      f"mosaic_gpu needs Pallas as of JAX 0.11; got jax {jax.__version__}: "
+      f"{error}."
+    ) from error
+  return pl, plgpu
+
+
+def _call(
+  q, k, v, order, indices, counts, num_masked, q_offset, kv_len, tiling
+):
+  """Runs the kernel; lists flattened. lse comes as [batch, heads, rows]."""
+  pl, plgpu = _pallas()
+  config, head_dim = tiling.config, tiling.head_dim
+  compute_wgs, tile_kv = tiling.compute_wgs, config.tile_kv
+  batch = q.shape[0]
+  num_ctas = tiling.num_tiles
+  if config.persistent:
+    num_ctas = min(num_ctas, device.num_multiprocessors())
+  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  kv_smem = plgpu.SMEM(
+    (config.stages, tile_kv, head_dim), q.dtype, transforms=transforms
+  )
+  scratch = dict(
+    qo_smem=plgpu.SMEM(
+      (config.q_slots, compute_wgs, _ROWS, head_dim),
+      q.dtype,
+      transforms=transforms,
+    ),
+    k_smem=kv_smem,
+    v_smem=kv_smem,
+    lse_smem=plgpu.SMEM((compute_wgs, _ROWS), jnp.float32),
+    q_full=plgpu.Barrier(
+      num_arrivals=compute_wgs, num_barriers=config.q_slots
+    ),
+    q_free=plgpu.Barrier(
+      num_arrivals=compute_wgs, num_barriers=config.q_slots
+    ),
+    k_full=plgpu.Barrier(num_barriers=config.stages),
+    v_full=plgpu.Barrier(num_barriers=config.stages),
+    k_free=plgpu.Barrier(
+      num_arrivals=compute_wgs, num_barriers=config.stages
+    ),
+    v_free=plgpu.Barrier(
+      num_arrivals=compute_wgs, num_barriers=config.stages
+    ),
+    turn=plgpu.Barrier(num_arrivals=compute_wgs),
+  )
+  kernel = plgpu.kernel(
+    functools.partial(_kernel, tiling=tiling, num_ctas=num_ctas),
+    out_type=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct(
+        (batch, tiling.num_heads, tiling.num_q_blocks * tiling.block_q),
+        jnp.float32,
+      ),
+    ],
+    scratch_types=scratch,
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=compute_wgs + 1,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      reduction_scratch_bytes=1024,  # row reductions stay inside a warp
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+  )
+  return kernel(
+    q, k, v, order, indices, counts, num_masked, q_offset, kv_len
+  )
+
+
+def _kernel(
+  q_ref,  # [batch, q_len, num_heads, head_dim]
+  k_ref,  # [batch, kv_len, num_kv_heads, head_dim]
+  v_ref,  # [batch, kv_len, num_kv_heads, head_dim]
+  order_ref,  # int32 [rows]
+  indices_ref,  # int32 [rows * max_blocks]
+  counts_ref,  # int32 [rows]
+  num_masked_ref,  # int32 [rows]
+  q_offset_ref,  # int32 [batch]
+  kv_len_ref,  # int32 [batch]
+  out_ref,  # [batch, q_len, num_heads, head_dim]
+  lse_ref,  # float32 [batch, num_heads, num_q_blocks * block_q]
+  *,
+  qo_smem,  # [q_slots, compute_wgs, 64, head_dim]; queries, then the output
+  k_smem,  # [stages, tile_kv, head_dim]
+  v_smem,  # [stages, tile_kv, head_dim]
+  lse_smem,  # float32 [compute_wgs, 64]
+  q_full,
+  q_free,
+  k_full,
+  v_full,
+  k_free,
+  v_free,
+  turn,
+  tiling: _Tiling,
+  num_ctas: int,
+):
+  pl, plgpu = _pallas()
+  config = tiling.config
+  wg = lax.axis_index("wg")
+  cta = lax.axis_index("cta")
+  compute_wgs, stages, q_slots = (
+    tiling.compute_wgs,
+    config.stages,
+    config.q_slots,
+  )
+  tile_kv, per_block = config.tile_kv, tiling.steps_per_block
+  pingpong = config.pingpong and compute_wgs == 2
+  num_rounds, rest = divmod(tiling.num_tiles, num_ctas)
+
+  def tile_at(round_index):
+    """Row, batch, query block, first head and key head of a turn's tile."""
+    # Turns alternate in direction: tiles get shorter along each.
+    is_back = lax.rem(round_index, 2) == 1
+    is_back &= round_index < num_rounds
+    tile = round_index * num_ctas + jnp.where(is_back, num_ctas - 1 - cta, cta)
+    row = order_ref[lax.div(tile, tiling.tiles_per_row)]
+    mask_row = lax.div(row, tiling.num_q_blocks)
+    batch = lax.div(mask_row, tiling.num_mask_heads)
+    head = lax.rem(mask_row, tiling.num_mask_heads) * tiling.heads_per_mask
+    head += lax.rem(tile, tiling.tiles_per_row) * tiling.heads_per_tile
+    kv_head = lax.div(head, tiling.num_heads // tiling.num_kv_heads)
+    return row, batch, lax.rem(row, tiling.num_q_blocks), head, kv_head
+
+  def num_steps_of(row):
+    count = counts_ref[row]
+    if config.overlap:  # an empty row runs one fully masked step
+      count = jnp.maximum(count, 1)
+    return count * per_block
+
+  def slice_of(index, batch, q_block, head):
+    """Batch, rows and head of one warpgroup."""
+    start = q_block * tiling.block_q
+    if tiling.heads_per_tile == 1:
+      return batch, pl.ds(start + index * _ROWS, _ROWS), head
+    return batch, pl.ds(start, _ROWS), head + index
+
+  my_rounds = num_rounds + (cta < rest).astype(jnp.int32)
+
+  @pl.when(wg == compute_wgs)
+  def _load():
+    plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+
+    def load_tile(round_index, done):
+      row, batch, q_block, head, kv_head = tile_at(round_index)
+      num_steps = num_steps_of(row)
+      first_index = row * tiling.max_blocks
+
+      def load_step(step, _):
+        slot = lax.rem(done + step, stages)
+        block = indices_ref[first_index + lax.div(step, per_block)]
+        start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
+        keys = (batch, pl.ds(start, tile_kv), kv_head)
+        is_reused = done + step >= stages
+
+        @pl.when(is_reused)
+        def _():
+          plgpu.barrier_wait(k_free.at[slot])
+
+        plgpu.copy_gmem_to_smem(
+          k_ref.at[keys], k_smem.at[slot], k_full.at[slot]
+        )
+
+        @pl.when(is_reused)
+        def _():
+          plgpu.barrier_wait(v_free.at[slot])
+
+        plgpu.copy_gmem_to_smem(
+          v_ref.at[keys], v_smem.at[slot], v_full.at[slot]
+        )
+
+      # Keys of the next tile need not wait until the last output is stored.
+      ahead = jnp.minimum(num_steps, stages)
+      lax.fori_loop(0, ahead, load_step, None)
+      q_slot = lax.rem(round_index, q_slots)
+
+      @pl.when(round_index >= q_slots)
+      def _():
+        plgpu.barrier_wait(q_free.at[q_slot])
+
+      for index in range(compute_wgs):
+        plgpu.copy_gmem_to_smem(
+          q_ref.at[slice_of(index, batch, q_block, head)],
+          qo_smem.at[q_slot, index],
+          q_full.at[q_slot],
+        )
+      lax.fori_loop(ahead, num_steps, load_step, None)
+      return done + num_steps
+
+    lax.fori_loop(0, my_rounds, load_tile, jnp.int32(0))
+
+  @pl.when(wg < compute_wgs)
+  def _compute():
+    plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+    def take_turn():
+      if pingpong:
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    if pingpong:  # half a step apart
+      pl.when(wg == 1)(take_turn)
+
+    def compute_tile(round_index, done):
+      row, batch, q_block, head, _ = tile_at(round_index)
+      num_steps = num_steps_of(row)
+      num_masked = num_masked_ref[row] * per_block
+      first_index = row * tiling.max_blocks
+      q_slot = lax.rem(round_index, q_slots)
+      q_smem = qo_smem.at[q_slot, wg]
+      # Number of keys, from 0 on, that each row may see.
+      num_visible = jnp.full((_ROWS,), kv_len_ref[batch], jnp.int32)
+      if tiling.causal:
+        first = q_offset_ref[batch] + q_block * tiling.block_q + 1
+        if tiling.heads_per_tile == 1:
+          first += wg * _ROWS
+        position = plgpu.broadcasted_iota(
+          jnp.int32, (_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+        )
+        num_visible = jnp.minimum(num_visible, position + first)
+      if config.overlap:
+        num_visible *= jnp.minimum(counts_ref[row], 1)
+
+      def mask_logits(logits, step):
+        block = indices_ref[first_index + lax.div(step, per_block)]
+        start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
+        key = plgpu.broadcasted_iota(
+          jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
+        )
+        limit = lax.broadcast_in_dim(num_visible - start, logits.shape, [0])
+        return jnp.where(key < limit, logits, -jnp.inf)
+
+      def softmax(logits, row_max, row_sum):
+        new_max = jnp.maximum(row_max, logits.max(axis=1) * tiling.scale_log2)
+        shrink = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(
+          logits * tiling.scale_log2
+          - lax.broadcast_in_dim(new_max, logits.shape, [0])
+        )
+        return p, shrink, new_max, row_sum * shrink
+
+      zeros = functools.partial(jnp.full, fill_value=0, dtype=jnp.float32)
+      acc = plgpu.layout_cast(
+        zeros((_ROWS, tiling.head_dim)), plgpu.Layout.WGMMA
+      )
+      row_max = plgpu.layout_cast(
+        jnp.full((_ROWS,), _NO_KEY, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+      )
+      row_sum = plgpu.layout_cast(
+        zeros((_ROWS,)), plgpu.Layout.WGMMA.reduce(1)
+      )
+      plgpu.barrier_wait(q_full.at[q_slot])
+
+      def step_in_turns(step, carry, is_masked):
+        acc, row_max, row_sum = carry
+        slot = lax.rem(done + step, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+
+        def multiply_keys(acc_ref):
+          plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
+          take_turn()
+          return acc_ref[...]
+
+        logits = pl.run_scoped(
+          multiply_keys, plgpu.ACC((_ROWS, tile_kv), jnp.float32)
+        )
+        plgpu.barrier_arrive(k_free.at[slot])
+        if is_masked:
+          logits = mask_logits(logits, step)
+        p, shrink, row_max, row_sum = softmax(logits, row_max, row_sum)
+        acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
+        p_low = p.astype(q_ref.dtype)
+        row_sum += p.sum(axis=1)
+        acc, row_sum, row_max, p_low = lax.optimization_barrier(
+          (acc, row_sum, row_max, p_low)
+        )
+        if pingpong:
+          plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_full.at[slot])
+        if pingpong:
+          plgpu.barrier_wait(turn)
+
+        def multiply_values(acc_ref):
+          plgpu.wgmma(acc_ref, p_low, v_smem.at[slot])
+
+        acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, row_max, row_sum
+
+      def first_logits():
+        slot = lax.rem(done, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+
+        def multiply_keys(acc_ref):
+          plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
+          return acc_ref[...]
+
+        logits = pl.run_scoped(
+          multiply_keys, plgpu.ACC((_ROWS, tile_kv), jnp.float32)
+        )
+        plgpu.barrier_arrive(k_free.at[slot])
+        return logits
+
+      def step_overlapped(step, carry, is_masked):
+        """Logits of `step` beside the values of the step before."""
+        acc, p_low, row_max, row_sum = carry
+        slot = lax.rem(done + step, stages)
+        slot_before = lax.rem(done + step - 1, stages)
+
+        def multiply(logits_ref, acc_ref):
+          acc_ref[...] = acc
+          plgpu.barrier_wait(k_full.at[slot])
+          if pingpong:
+            plgpu.barrier_wait(turn)
+          plgpu.wgmma(logits_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
+          plgpu.barrier_wait(v_full.at[slot_before])
+          plgpu.wgmma(acc_ref, p_low, v_smem.at[slot_before])
+          if pingpong:
+            plgpu.barrier_arrive(turn)
+          logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+          logits = lax.optimization_barrier(logits)
+          plgpu.barrier_arrive(k_free.at[slot])
+          if is_masked:
+            logits = mask_logits(logits, step)
+          p, shrink, new_max, new_sum = softmax(logits, row_max, row_sum)
+          new_sum += p.sum(axis=1)
+          p_next = p.astype(q_ref.dtype)
+          p_next, shrink, new_max, new_sum = lax.optimization_barrier(
+            (p_next, shrink, new_max, new_sum)
+          )
+          new_acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+          new_acc = lax.optimization_barrier(new_acc)
+          plgpu.barrier_arrive(v_free.at[slot_before])
+          new_acc *= lax.broadcast_in_dim(shrink, new_acc.shape, [0])
+          return new_acc, p_next, new_max, new_sum
+
+        return pl.run_scoped(
+          multiply,
+          plgpu.ACC((_ROWS, tile_kv), jnp.float32),
+          plgpu.ACC((_ROWS, tiling.head_dim), jnp.float32),
+        )
+
+      if config.overlap:
+        logits = mask_logits(first_logits(), jnp.int32(0))
+        p, _, row_max, row_sum = softmax(logits, row_max, row_sum)
+        row_sum += p.sum(axis=1)
+        carry = acc, p.astype(q_ref.dtype), row_max, row_sum
+        num_masked = jnp.maximum(num_masked, 1)
+        carry = lax.fori_loop(
+          1, num_masked, functools.partial(step_overlapped, is_masked=True), carry
+        )
+        acc, p_low, row_max, row_sum = lax.fori_loop(
+          num_masked,
+          num_steps,
+          functools.partial(step_overlapped, is_masked=False),
+          carry,
+        )
+        slot = lax.rem(done + num_steps - 1, stages)
+        plgpu.barrier_wait(v_full.at[slot])
+
+        def multiply_values(acc_ref):
+          plgpu.wgmma(acc_ref, p_low, v_smem.at[slot])
+
+        acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
+      else:
+        carry = lax.fori_loop(
+          0,
+          num_masked,
+          functools.partial(step_in_turns, is_masked=True),
+          (acc, row_max, row_sum),
+        )
+        acc, row_max, row_sum = lax.fori_loop(
+          num_masked,
+          num_steps,
+          functools.partial(step_in_turns, is_masked=False),
+          carry,
+        )
+
+      is_empty = row_sum == 0.0
+      inverse = jnp.where(is_empty, 0.0, 1.0 / row_sum)
+      acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+      lse = jnp.where(
+        is_empty, -jnp.inf, row_max * _LN_2 + jnp.log(row_sum)
+      )
+      q_smem[...] = acc.astype(q_ref.dtype)
+      lse_smem.at[wg][...] = lse
+      plgpu.commit_smem()
+      batch_index, rows, my_head = slice_of(wg, batch, q_block, head)
+      plgpu.copy_smem_to_gmem(q_smem, out_ref.at[batch_index, rows, my_head])
+      plgpu.copy_smem_to_gmem(
+        lse_smem.at[wg], lse_ref.at[batch_index, my_head, rows]
+      )
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      plgpu.barrier_arrive(q_free.at[q_slot])
+      return done + num_steps
+
+    lax.fori_loop(0, my_rounds, compute_tile, jnp.int32(0))
+    if pingpong:
+      pl.when(wg == 0)(take_turn)

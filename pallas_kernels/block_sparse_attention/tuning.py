@@ -1,0 +1,39 @@
+"""Tile sizes and schedules of the GPU kernels, and the measured choices."""
+
+import dataclasses
+
+from pallas_kernels import checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+  """Schedule of the Hopper forward kernel.
+
+  Attributes:
+    tile_kv: keys per pipeline step; divides block_kv.
+    stages: key/value tiles in shared memory.
+    q_slots: query tiles in shared memory; 2 loads the next while one is used.
+    pingpong: whether two compute warpgroups take turns on the tensor cores.
+    overlap: whether a warpgroup's softmax runs beside its own product with V.
+    persistent: one thread block a multiprocessor that walks many tiles.
+  """
+
+  tile_kv: int = 128
+  stages: int = 2
+  q_slots: int = 1
+  pingpong: bool = True
+  overlap: bool = False
+  persistent: bool = True
+
+  def __post_init__(self):
+    for name in ("tile_kv", "stages", "q_slots"):
+      checks.check_positive_int(name, getattr(self, name))
+
+
+def forward_config(head_dim: int, block_kv: int) -> ForwardConfig:
+  """The measured choice; see TUNING.md."""
+  if head_dim == 256:
+    return ForwardConfig(tile_kv=64, stages=2, q_slots=1)
+  if head_dim == 64:
+    return ForwardConfig(tile_kv=block_kv, stages=4, q_slots=2)
+  return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2)
