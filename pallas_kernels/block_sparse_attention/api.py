@@ -55,8 +55,8 @@ def block_sparse_attention(
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
     kv_len: number of valid keys; scalar or [batch]; default all of k.
-    implementation: "mosaic_gpu", "xla", "reference", a sequence to try in order, or None for
-      this platform's default.
+    implementation: "mosaic_gpu", "xla", "reference", a sequence to try in
+      order, or None for this platform's default.
 
   Returns:
     out, [batch, q_len, num_heads, head_dim], dtype of q; rows without keys: 0.

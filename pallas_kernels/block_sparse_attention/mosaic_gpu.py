@@ -21,15 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import device
-from pallas_kernels.block_sparse_attention import tuning, xla
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu_backward,
+  tuning,
+  xla,
+)
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu_common as common,
+)
 
-_LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 _NO_KEY = -1e30  # running maximum of a row without keys; masked logits are -inf
-_ROWS = 64  # query rows of one warpgroup
-_TILE_ROWS = 8  # rows of a swizzled tile in shared memory
-_LOADER_REGISTERS = 24
-_COMPUTE_REGISTERS = 240
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = (64, 128)
 
@@ -74,7 +76,7 @@ def block_sparse_attention(
 
 def check_supported(q, block_q, block_kv):
   """Raises NotImplementedError, with the reason, for what the kernel cannot."""
-  _pallas()
+  common.pallas()
   for name, value, choices in (
     ("head_dim", q.shape[-1], HEAD_DIMS),
     ("block_q", block_q, BLOCKS),
@@ -120,7 +122,11 @@ def _attention_fwd(q, k, v, indices, counts, q_offset, kv_len, settings):
 
 
 def _attention_bwd(settings, residuals, cotangents):
-  return xla._attention_bwd((*settings[:4], 2), residuals, cotangents)
+  head_dim = residuals[0].shape[-1]
+  if head_dim not in mosaic_gpu_backward.HEAD_DIMS:
+    return xla._attention_bwd((*settings[:4], 2), residuals, cotangents)
+  gradients = mosaic_gpu_backward.backward(residuals, cotangents, settings[:4])
+  return *gradients, None, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -151,11 +157,11 @@ class _Tiling:
   def heads_per_tile(self) -> int:
     """Two heads where a block has one warpgroup's rows and lists are shared."""
     shared = math.gcd(self.heads_per_mask, self.num_heads // self.num_kv_heads)
-    return 2 if self.block_q == _ROWS and shared % 2 == 0 else 1
+    return 2 if self.block_q == common.ROWS and shared % 2 == 0 else 1
 
   @property
   def compute_wgs(self) -> int:
-    return self.heads_per_tile * self.block_q // _ROWS
+    return self.heads_per_tile * self.block_q // common.ROWS
 
   @property
   def tiles_per_row(self) -> int:
@@ -185,19 +191,19 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     block_kv=block_kv,
     num_rows=batch * num_mask_heads * num_q_blocks,
     causal=causal,
-    scale_log2=scale * _LOG2_E,
+    scale_log2=scale * common.LOG2_E,
     config=config,
   )
-  num_masked = count_masked(
+  num_masked = common.count_masked(
     indices, counts, q_offset, kv_len, block_q, block_kv, causal
   )
-  q = _pad_length(q, _ROWS)
-  k, v = (_pad_length(x, config.tile_kv) for x in (k, v))
+  q = common.pad_length(q, common.ROWS)
+  k, v = (common.pad_length(x, config.tile_kv) for x in (k, v))
   out, lse = _call(
     q,
     k,
     v,
-    longest_first(counts),
+    common.longest_first(counts.reshape(-1, num_q_blocks)),
     indices.reshape(-1),
     counts.reshape(-1),
     num_masked.reshape(-1),
@@ -208,102 +214,36 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
   return out[:, :q_len], jnp.swapaxes(lse, 1, 2)[:, :q_len]
 
 
-def count_masked(indices, counts, q_offset, kv_len, block_q, block_kv, causal):
-  """How many leading blocks of each list may need a per-token mask.
-
-  Args:
-    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
-    counts: int32 [batch, num_mask_heads, num_q_blocks].
-    q_offset: int32 [batch].
-    kv_len: int32 [batch].
-    block_q: queries per block.
-    block_kv: keys per block.
-    causal: whether a query sees only keys up to its own position.
-
-  Returns:
-    int32 [batch, num_mask_heads, num_q_blocks]: one past the last slot whose
-    block is not seen as a whole by every query of the row.
-  """
-  seen = kv_len[:, None, None]
-  if causal:
-    q_block = lax.broadcasted_iota(jnp.int32, counts.shape, 2)
-    first_query = q_offset[:, None, None] + q_block * block_q
-    seen = jnp.minimum(seen, first_query + 1)
-  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
-  needs_mask = (indices + 1) * block_kv > seen[..., None]
-  needs_mask &= slot < counts[..., None]
-  return jnp.max(jnp.where(needs_mask, slot + 1, 0), axis=-1, initial=0)
-
-
-def longest_first(counts):
-  """int32 [rows]: numbers of the rows, longest first within each mask head."""
-  batch, num_mask_heads, num_q_blocks = counts.shape
-  order = jnp.argsort(-counts, axis=-1, stable=True).astype(jnp.int32)
-  first = jnp.arange(batch * num_mask_heads, dtype=jnp.int32) * num_q_blocks
-  order = order.reshape(batch * num_mask_heads, num_q_blocks) + first[:, None]
-  return order.reshape(-1)
-
-
-def _pad_length(x, least):
-  """Appends rows: the copy engine takes 8 at once, and never all of `least`."""
-  missing = max(least, -(-x.shape[1] // _TILE_ROWS) * _TILE_ROWS) - x.shape[1]
-  return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
-
-
-def _pallas():
-  """The Pallas modules; imported late because their names change."""
-  try:
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    plgpu.LoweringSemantics.Warpgroup  # noqa: B018
-    plgpu.wgmma_accumulator_load  # noqa: B018
-  except (ImportError, AttributeError) as error:
-    raise NotImplementedError(
-      f"mosaic_gpu needs Pallas as of JAX 0.11; got jax {jax.__version__}: "
-      f"{error}."
-    ) from error
-  return pl, plgpu
-
-
 def _call(
   q, k, v, order, indices, counts, num_masked, q_offset, kv_len, tiling
 ):
   """Runs the kernel; lists flattened. lse comes as [batch, heads, rows]."""
-  pl, plgpu = _pallas()
+  _, plgpu = common.pallas()
   config, head_dim = tiling.config, tiling.head_dim
   compute_wgs, tile_kv = tiling.compute_wgs, config.tile_kv
   batch = q.shape[0]
   num_ctas = tiling.num_tiles
   if config.persistent:
     num_ctas = min(num_ctas, device.num_multiprocessors())
-  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  transforms = common.transforms(plgpu)
   kv_smem = plgpu.SMEM(
     (config.stages, tile_kv, head_dim), q.dtype, transforms=transforms
   )
   scratch = dict(
     qo_smem=plgpu.SMEM(
-      (config.q_slots, compute_wgs, _ROWS, head_dim),
+      (config.q_slots, compute_wgs, common.ROWS, head_dim),
       q.dtype,
       transforms=transforms,
     ),
     k_smem=kv_smem,
     v_smem=kv_smem,
-    lse_smem=plgpu.SMEM((compute_wgs, _ROWS), jnp.float32),
-    q_full=plgpu.Barrier(
-      num_arrivals=compute_wgs, num_barriers=config.q_slots
-    ),
-    q_free=plgpu.Barrier(
-      num_arrivals=compute_wgs, num_barriers=config.q_slots
-    ),
+    lse_smem=plgpu.SMEM((compute_wgs, common.ROWS), jnp.float32),
+    q_full=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
+    q_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     k_full=plgpu.Barrier(num_barriers=config.stages),
     v_full=plgpu.Barrier(num_barriers=config.stages),
-    k_free=plgpu.Barrier(
-      num_arrivals=compute_wgs, num_barriers=config.stages
-    ),
-    v_free=plgpu.Barrier(
-      num_arrivals=compute_wgs, num_barriers=config.stages
-    ),
+    k_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
+    v_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
     turn=plgpu.Barrier(num_arrivals=compute_wgs),
   )
   kernel = plgpu.kernel(
@@ -320,15 +260,9 @@ def _call(
     grid_names=("cta",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      reduction_scratch_bytes=1024,  # row reductions stay inside a warp
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
+    compiler_params=common.compiler_params(plgpu),
   )
-  return kernel(
-    q, k, v, order, indices, counts, num_masked, q_offset, kv_len
-  )
+  return kernel(q, k, v, order, indices, counts, num_masked, q_offset, kv_len)
 
 
 def _kernel(
@@ -358,7 +292,7 @@ def _kernel(
   tiling: _Tiling,
   num_ctas: int,
 ):
-  pl, plgpu = _pallas()
+  pl, plgpu = common.pallas()
   config = tiling.config
   wg = lax.axis_index("wg")
   cta = lax.axis_index("cta")
@@ -369,14 +303,11 @@ def _kernel(
   )
   tile_kv, per_block = config.tile_kv, tiling.steps_per_block
   pingpong = config.pingpong and compute_wgs == 2
-  num_rounds, rest = divmod(tiling.num_tiles, num_ctas)
+  my_rounds, tile_number = common.rounds(tiling.num_tiles, num_ctas, cta)
 
-  def tile_at(round_index):
+  def tile_at(turn_index):
     """Row, batch, query block, first head and key head of a turn's tile."""
-    # Turns alternate in direction: tiles get shorter along each.
-    is_back = lax.rem(round_index, 2) == 1
-    is_back &= round_index < num_rounds
-    tile = round_index * num_ctas + jnp.where(is_back, num_ctas - 1 - cta, cta)
+    tile = tile_number(turn_index)
     row = order_ref[lax.div(tile, tiling.tiles_per_row)]
     mask_row = lax.div(row, tiling.num_q_blocks)
     batch = lax.div(mask_row, tiling.num_mask_heads)
@@ -395,14 +326,12 @@ def _kernel(
     """Batch, rows and head of one warpgroup."""
     start = q_block * tiling.block_q
     if tiling.heads_per_tile == 1:
-      return batch, pl.ds(start + index * _ROWS, _ROWS), head
-    return batch, pl.ds(start, _ROWS), head + index
-
-  my_rounds = num_rounds + (cta < rest).astype(jnp.int32)
+      return batch, pl.ds(start + index * common.ROWS, common.ROWS), head
+    return batch, pl.ds(start, common.ROWS), head + index
 
   @pl.when(wg == compute_wgs)
   def _load():
-    plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(common.LOADER_REGISTERS, action="decrease")
 
     def load_tile(round_index, done):
       row, batch, q_block, head, kv_head = tile_at(round_index)
@@ -454,7 +383,7 @@ def _kernel(
 
   @pl.when(wg < compute_wgs)
   def _compute():
-    plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+    plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
 
     def take_turn():
       if pingpong:
@@ -472,13 +401,13 @@ def _kernel(
       q_slot = lax.rem(round_index, q_slots)
       q_smem = qo_smem.at[q_slot, wg]
       # Number of keys, from 0 on, that each row may see.
-      num_visible = jnp.full((_ROWS,), kv_len_ref[batch], jnp.int32)
+      num_visible = jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
       if tiling.causal:
         first = q_offset_ref[batch] + q_block * tiling.block_q + 1
         if tiling.heads_per_tile == 1:
-          first += wg * _ROWS
+          first += wg * common.ROWS
         position = plgpu.broadcasted_iota(
-          jnp.int32, (_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+          jnp.int32, (common.ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
         )
         num_visible = jnp.minimum(num_visible, position + first)
       if config.overlap:
@@ -504,13 +433,14 @@ def _kernel(
 
       zeros = functools.partial(jnp.full, fill_value=0, dtype=jnp.float32)
       acc = plgpu.layout_cast(
-        zeros((_ROWS, tiling.head_dim)), plgpu.Layout.WGMMA
+        zeros((common.ROWS, tiling.head_dim)), plgpu.Layout.WGMMA
       )
       row_max = plgpu.layout_cast(
-        jnp.full((_ROWS,), _NO_KEY, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+        jnp.full((common.ROWS,), _NO_KEY, jnp.float32),
+        plgpu.Layout.WGMMA.reduce(1),
       )
       row_sum = plgpu.layout_cast(
-        zeros((_ROWS,)), plgpu.Layout.WGMMA.reduce(1)
+        zeros((common.ROWS,)), plgpu.Layout.WGMMA.reduce(1)
       )
       plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -525,7 +455,7 @@ def _kernel(
           return acc_ref[...]
 
         logits = pl.run_scoped(
-          multiply_keys, plgpu.ACC((_ROWS, tile_kv), jnp.float32)
+          multiply_keys, plgpu.ACC((common.ROWS, tile_kv), jnp.float32)
         )
         plgpu.barrier_arrive(k_free.at[slot])
         if is_masked:
@@ -559,7 +489,7 @@ def _kernel(
           return acc_ref[...]
 
         logits = pl.run_scoped(
-          multiply_keys, plgpu.ACC((_ROWS, tile_kv), jnp.float32)
+          multiply_keys, plgpu.ACC((common.ROWS, tile_kv), jnp.float32)
         )
         plgpu.barrier_arrive(k_free.at[slot])
         return logits
@@ -599,8 +529,8 @@ def _kernel(
 
         return pl.run_scoped(
           multiply,
-          plgpu.ACC((_ROWS, tile_kv), jnp.float32),
-          plgpu.ACC((_ROWS, tiling.head_dim), jnp.float32),
+          plgpu.ACC((common.ROWS, tile_kv), jnp.float32),
+          plgpu.ACC((common.ROWS, tiling.head_dim), jnp.float32),
         )
 
       if config.overlap:
@@ -610,7 +540,10 @@ def _kernel(
         carry = acc, p.astype(q_ref.dtype), row_max, row_sum
         num_masked = jnp.maximum(num_masked, 1)
         carry = lax.fori_loop(
-          1, num_masked, functools.partial(step_overlapped, is_masked=True), carry
+          1,
+          num_masked,
+          functools.partial(step_overlapped, is_masked=True),
+          carry,
         )
         acc, p_low, row_max, row_sum = lax.fori_loop(
           num_masked,
@@ -643,9 +576,7 @@ def _kernel(
       is_empty = row_sum == 0.0
       inverse = jnp.where(is_empty, 0.0, 1.0 / row_sum)
       acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-      lse = jnp.where(
-        is_empty, -jnp.inf, row_max * _LN_2 + jnp.log(row_sum)
-      )
+      lse = jnp.where(is_empty, -jnp.inf, row_max * _LN_2 + jnp.log(row_sum))
       q_smem[...] = acc.astype(q_ref.dtype)
       lse_smem.at[wg][...] = lse
       plgpu.commit_smem()

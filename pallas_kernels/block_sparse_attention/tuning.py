@@ -37,3 +37,30 @@ def forward_config(head_dim: int, block_kv: int) -> ForwardConfig:
   if head_dim == 64:
     return ForwardConfig(tile_kv=block_kv, stages=4, q_slots=2)
   return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardConfig:
+  """Schedule of the Hopper backward kernels.
+
+  Attributes:
+    tile_kv: keys per pipeline step of dq; divides block_kv.
+    stages_dq: key/value tiles in shared memory.
+    stages_dkv: query tiles (64 rows) in shared memory of the kernel of dk, dv.
+  """
+
+  tile_kv: int = 128
+  stages_dq: int = 2
+  stages_dkv: int = 2
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      checks.check_positive_int(field.name, getattr(self, field.name))
+
+
+def backward_config(
+  head_dim: int, block_q: int, block_kv: int
+) -> BackwardConfig:
+  """The measured choice; see TUNING.md."""
+  del head_dim, block_q
+  return BackwardConfig(tile_kv=block_kv)
