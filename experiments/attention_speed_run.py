@@ -180,7 +180,7 @@ def _time(config, fn, arrays, direction, pairs, masks=()):
     return _failure(error)
   if "error" not in record:
     work = flops(pairs, q.shape[-1], backward=direction == "backward")
-    record["tflops"] = work / record["median_ms"] / 1e9
+    record["tflops"] = work / float(record["median_ms"]) / 1e9
   return record
 
 

@@ -19,7 +19,7 @@ from experiments import attention_speed_run as speed_run
 
 def main():
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     print(json.dumps({"method": "torch", "error": str(error)}), flush=True)
     return
@@ -36,7 +36,7 @@ def main():
 
 
 def _measure_case(torch, config, case):
-  from torch.nn.attention import SDPBackend, sdpa_kernel
+  from torch.nn import attention  # pyright: ignore[reportMissingImports]
 
   dtype = getattr(torch, config.dtype)
   generator = torch.Generator("cuda").manual_seed(config.seed)
@@ -54,16 +54,16 @@ def _measure_case(torch, config, case):
   size = {"length": case.length, "head_dim": case.head_dim}
   directions = ("forward", "backward") if case.backward else ("forward",)
   backends = {
-    "torch_flash2": SDPBackend.FLASH_ATTENTION,
-    "torch_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch_flash2": attention.SDPBackend.FLASH_ATTENTION,
+    "torch_cudnn": attention.SDPBackend.CUDNN_ATTENTION,
   }
   pairs = speed_run.causal_pairs(case.length, config.num_heads)
   for name, backend in backends.items():
     if name not in case.peers:
       continue
 
-    def attend(backend=backend):
-      with sdpa_kernel(backend):
+    def attend_dense(backend=backend):
+      with attention.sdpa_kernel(backend):
         return torch.nn.functional.scaled_dot_product_attention(
           q, k, v, is_causal=True, enable_gqa=True
         )
@@ -74,7 +74,9 @@ def _measure_case(torch, config, case):
         "method": name,
         "density": 1.0,
         "direction": direction,
-        **_time(torch, config, attend, (q, k, v), d_out, direction, pairs),
+        **_time(
+          torch, config, attend_dense, (q, k, v), d_out, direction, pairs
+        ),
       }
   if "torch_flex" not in case.peers:
     return
@@ -91,10 +93,17 @@ def _measure_case(torch, config, case):
       }
 
 
+def _flex_module():
+  from torch.nn.attention import (  # pyright: ignore[reportMissingImports]
+    flex_attention,
+  )
+
+  return flex_attention
+
+
 def _flex_mask(torch, config, case, density):
   """The block mask of ours: the diagonal block is partial, the rest full."""
-  from torch.nn.attention import flex_attention
-
+  flex_attention = _flex_module()
   lists, counts = speed_run.random_lists(
     case.length,
     density,
@@ -127,8 +136,7 @@ def _flex_mask(torch, config, case, density):
 
 
 def _flex_attention(torch, q, k, v, mask):
-  from torch.nn.attention import flex_attention
-
+  flex_attention = _flex_module()
   compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
   return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)
 

@@ -110,13 +110,17 @@ def backward(residuals, cotangents, settings, config=None):
   )
   arrays = (q, k, v, d_out, statistics)
   dq = _call_dq(arrays, indices, counts, num_masked, q_offset, kv_len, tiling)
-  dk, dv = _call_dkv(
-    arrays,
-    *transpose_lists(indices, counts, q_offset, kv_len, tiling),
+  transposed = transpose_lists(
+    indices,
+    counts,
     q_offset,
     kv_len,
-    tiling,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+    num_kv_blocks=tiling.num_kv_blocks,
   )
+  dk, dv = _call_dkv(arrays, *transposed, q_offset, kv_len, tiling)
   return dq[:, :q_len], dk[:, :kv_capacity], dv[:, :kv_capacity]
 
 
@@ -132,7 +136,9 @@ def _tile_statistics(lse_log2, delta, padded):
   return jnp.stack([tile(lse_log2, _EMPTY), tile(delta, 0.0)], axis=3)
 
 
-def transpose_lists(indices, counts, q_offset, kv_len, tiling):
+def transpose_lists(
+  indices, counts, q_offset, kv_len, *, block_q, block_kv, causal, num_kv_blocks
+):
   """For each key block the query blocks that list it, one after the other.
 
   Args:
@@ -140,7 +146,10 @@ def transpose_lists(indices, counts, q_offset, kv_len, tiling):
     counts: int32 [batch, num_mask_heads, num_q_blocks].
     q_offset: int32 [batch].
     kv_len: int32 [batch].
-    tiling: sizes.
+    block_q: queries per block.
+    block_kv: keys per block.
+    causal: whether a query sees only keys up to its own position.
+    num_kv_blocks: number of key blocks.
 
   Returns:
     int32 [batch, num_mask_heads, num_q_blocks * max_blocks]: query blocks,
@@ -149,8 +158,7 @@ def transpose_lists(indices, counts, q_offset, kv_len, tiling):
     its first query blocks may need a per-token mask. Memory is that of the
     lists, not of all pairs of blocks.
   """
-  num_q_blocks, num_kv_blocks = tiling.num_q_blocks, tiling.num_kv_blocks
-  batch, num_mask_heads = indices.shape[:2]
+  batch, num_mask_heads, num_q_blocks, _ = indices.shape
   slot, q_block = (
     lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (3, 2)
   )
@@ -164,12 +172,7 @@ def transpose_lists(indices, counts, q_offset, kv_len, tiling):
   # Query blocks ascend: the masked ones (diagonal) are a prefix, or, in the
   # block where the valid keys end, all.
   needs_mask = is_listed & common.needs_mask(
-    indices,
-    q_offset,
-    kv_len,
-    tiling.block_q,
-    tiling.block_kv,
-    tiling.causal,
+    indices, q_offset, kv_len, block_q, block_kv, causal
   )
   lead = [
     lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (0, 1)
