@@ -32,6 +32,8 @@ from pallas_kernels.block_sparse_attention import (
 
 _LN_2 = math.log(2.0)
 _NO_KEY = -1e30  # running maximum of a row without keys; masked logits are -inf
+_COLUMN_BLOCK = 128  # columns of one step
+_FAR = jnp.iinfo(jnp.int32).max  # position of a column that no query sees
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = (64, 128)
 
@@ -148,6 +150,7 @@ class _Tiling:
   causal: bool
   scale_log2: float
   config: tuning.ForwardConfig
+  has_columns: bool = False
 
   @property
   def heads_per_mask(self) -> int:
@@ -209,13 +212,89 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     num_masked.reshape(-1),
     q_offset,
     kv_len,
+    jnp.zeros((1, config.tile_kv), jnp.int32),  # unused
+    tiling,
+  )
+  return out[:, :q_len], jnp.swapaxes(lse, 1, 2)[:, :q_len]
+
+
+def column_attention(
+  q,  # [batch, q_len, num_heads, head_dim]
+  k,  # [batch, max_columns, num_units, head_dim]
+  v,  # [batch, max_columns, num_units, head_dim]
+  positions,  # int32 [batch, num_units, num_q_blocks, max_columns]
+  q_offset,  # int32 [batch]
+  *,
+  block_q,
+  causal,
+  scale,
+  config: tuning.ForwardConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """See `columns.column_attention`: each query block walks the tiles of columns
+  of which it sees one at least, all with a mask.
+  """
+  batch, q_len, num_heads, head_dim = q.shape
+  num_units, num_q_blocks, num_columns = positions.shape[1:]
+  if config is None:
+    config = tuning.forward_config(head_dim, _COLUMN_BLOCK)
+  missing = -num_columns % _COLUMN_BLOCK
+  positions = jnp.pad(
+    positions, ((0, 0),) * 3 + ((0, missing),), constant_values=_FAR
+  )
+  tiles = positions.reshape(batch, num_units, num_q_blocks, -1, _COLUMN_BLOCK)
+  last = jnp.full((batch, 1, num_q_blocks, 1), _FAR, jnp.int32)
+  if causal:
+    q_block = lax.broadcasted_iota(jnp.int32, last.shape, 2)
+    last = q_offset[:, None, None, None] + (q_block + 1) * block_q
+  is_seen = tiles.min(-1) < last
+  tile = lax.broadcasted_iota(jnp.int32, is_seen.shape, 3)
+  num_tiles = is_seen.shape[3]
+  indices = jnp.sort(jnp.where(is_seen, tile, num_tiles), axis=-1)
+  counts = is_seen.sum(-1, dtype=jnp.int32)
+  tiling = _Tiling(
+    num_heads=num_heads,
+    num_kv_heads=num_units,
+    num_mask_heads=num_units,
+    num_q_blocks=num_q_blocks,
+    max_blocks=num_tiles,
+    head_dim=head_dim,
+    block_q=block_q,
+    block_kv=_COLUMN_BLOCK,
+    num_rows=batch * num_units * num_q_blocks,
+    causal=causal,
+    scale_log2=scale * common.LOG2_E,
+    config=config,
+    has_columns=True,
+  )
+  k, v = (common.pad_length(x, config.tile_kv) for x in (k, v))
+  out, lse = _call(
+    common.pad_length(q, common.ROWS),
+    k,
+    v,
+    common.longest_first(counts.reshape(-1, num_q_blocks)),
+    indices.reshape(-1),
+    counts.reshape(-1),
+    counts.reshape(-1),
+    q_offset,
+    jnp.full((batch,), _FAR, jnp.int32),
+    positions.reshape(-1, num_tiles * _COLUMN_BLOCK),
     tiling,
   )
   return out[:, :q_len], jnp.swapaxes(lse, 1, 2)[:, :q_len]
 
 
 def _call(
-  q, k, v, order, indices, counts, num_masked, q_offset, kv_len, tiling
+  q,
+  k,
+  v,
+  order,
+  indices,
+  counts,
+  num_masked,
+  q_offset,
+  kv_len,
+  positions,
+  tiling,
 ):
   """Runs the kernel; lists flattened. lse comes as [batch, heads, rows]."""
   _, plgpu = common.pallas()
@@ -238,9 +317,14 @@ def _call(
     k_smem=kv_smem,
     v_smem=kv_smem,
     lse_smem=plgpu.SMEM((compute_wgs, common.ROWS), jnp.float32),
+    position_smem=plgpu.SMEM(
+      (config.stages, tile_kv) if tiling.has_columns else (1, 32), jnp.int32
+    ),
     q_full=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     q_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
-    k_full=plgpu.Barrier(num_barriers=config.stages),
+    k_full=plgpu.Barrier(
+      num_arrivals=1 + tiling.has_columns, num_barriers=config.stages
+    ),
     v_full=plgpu.Barrier(num_barriers=config.stages),
     k_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
     v_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
@@ -262,7 +346,18 @@ def _call(
     thread_name="wg",
     compiler_params=common.compiler_params(plgpu),
   )
-  return kernel(q, k, v, order, indices, counts, num_masked, q_offset, kv_len)
+  return kernel(
+    q,
+    k,
+    v,
+    order,
+    indices,
+    counts,
+    num_masked,
+    q_offset,
+    kv_len,
+    positions,
+  )
 
 
 def _kernel(
@@ -275,6 +370,7 @@ def _kernel(
   num_masked_ref,  # int32 [rows]
   q_offset_ref,  # int32 [batch]
   kv_len_ref,  # int32 [batch]
+  position_ref,  # int32 [rows, kv_len]: of columns, as each query block sees
   out_ref,  # [batch, q_len, num_heads, head_dim]
   lse_ref,  # float32 [batch, num_heads, num_q_blocks * block_q]
   *,
@@ -282,6 +378,7 @@ def _kernel(
   k_smem,  # [stages, tile_kv, head_dim]
   v_smem,  # [stages, tile_kv, head_dim]
   lse_smem,  # float32 [compute_wgs, 64]
+  position_smem,  # int32 [stages, tile_kv]
   q_full,
   q_free,
   k_full,
@@ -352,6 +449,12 @@ def _kernel(
         plgpu.copy_gmem_to_smem(
           k_ref.at[keys], k_smem.at[slot], k_full.at[slot]
         )
+        if tiling.has_columns:
+          plgpu.copy_gmem_to_smem(
+            position_ref.at[row, pl.ds(start, tile_kv)],
+            position_smem.at[slot],
+            k_full.at[slot],
+          )
 
         @pl.when(is_reused)
         def _():
@@ -413,14 +516,26 @@ def _kernel(
       if config.overlap:
         num_visible *= jnp.minimum(counts_ref[row], 1)
 
-      def mask_logits(logits, step):
-        block = indices_ref[first_index + lax.div(step, per_block)]
-        start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
-        key = plgpu.broadcasted_iota(
-          jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
+      def column_positions(slot):
+        if not tiling.has_columns:
+          return None
+        return plgpu.load(
+          position_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
         )
-        limit = lax.broadcast_in_dim(num_visible - start, logits.shape, [0])
-        return jnp.where(key < limit, logits, -jnp.inf)
+
+      def mask_logits(logits, step, positions):
+        shape, limit = logits.shape, num_visible
+        if tiling.has_columns:
+          key = lax.broadcast_in_dim(positions, shape, [1])
+        else:
+          block = indices_ref[first_index + lax.div(step, per_block)]
+          start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
+          key = plgpu.broadcasted_iota(
+            jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
+          )
+          limit = num_visible - start
+        is_visible = key < lax.broadcast_in_dim(limit, shape, [0])
+        return jnp.where(is_visible, logits, -jnp.inf)
 
       def softmax(logits, row_max, row_sum):
         new_max = jnp.maximum(row_max, logits.max(axis=1) * tiling.scale_log2)
@@ -457,9 +572,10 @@ def _kernel(
         logits = pl.run_scoped(
           multiply_keys, plgpu.ACC((common.ROWS, tile_kv), jnp.float32)
         )
+        positions = column_positions(slot)
         plgpu.barrier_arrive(k_free.at[slot])
         if is_masked:
-          logits = mask_logits(logits, step)
+          logits = mask_logits(logits, step, positions)
         p, shrink, row_max, row_sum = softmax(logits, row_max, row_sum)
         acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
         p_low = p.astype(q_ref.dtype)
@@ -491,8 +607,9 @@ def _kernel(
         logits = pl.run_scoped(
           multiply_keys, plgpu.ACC((common.ROWS, tile_kv), jnp.float32)
         )
+        positions = column_positions(slot)
         plgpu.barrier_arrive(k_free.at[slot])
-        return logits
+        return mask_logits(logits, jnp.int32(0), positions)
 
       def step_overlapped(step, carry, is_masked):
         """Logits of `step` beside the values of the step before."""
@@ -512,9 +629,10 @@ def _kernel(
             plgpu.barrier_arrive(turn)
           logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
           logits = lax.optimization_barrier(logits)
+          positions = column_positions(slot)
           plgpu.barrier_arrive(k_free.at[slot])
           if is_masked:
-            logits = mask_logits(logits, step)
+            logits = mask_logits(logits, step, positions)
           p, shrink, new_max, new_sum = softmax(logits, row_max, row_sum)
           new_sum += p.sum(axis=1)
           p_next = p.astype(q_ref.dtype)
@@ -534,8 +652,7 @@ def _kernel(
         )
 
       if config.overlap:
-        logits = mask_logits(first_logits(), jnp.int32(0))
-        p, _, row_max, row_sum = softmax(logits, row_max, row_sum)
+        p, _, row_max, row_sum = softmax(first_logits(), row_max, row_sum)
         row_sum += p.sum(axis=1)
         carry = acc, p.astype(q_ref.dtype), row_max, row_sum
         num_masked = jnp.maximum(num_masked, 1)
