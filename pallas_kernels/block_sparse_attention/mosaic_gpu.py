@@ -317,9 +317,6 @@ def _call(
     k_smem=kv_smem,
     v_smem=kv_smem,
     lse_smem=plgpu.SMEM((compute_wgs, common.ROWS), jnp.float32),
-    position_smem=plgpu.SMEM(
-      (config.stages, tile_kv) if tiling.has_columns else (1, 32), jnp.int32
-    ),
     q_full=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     q_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     k_full=plgpu.Barrier(
@@ -330,6 +327,8 @@ def _call(
     v_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
     turn=plgpu.Barrier(num_arrivals=compute_wgs),
   )
+  if tiling.has_columns:
+    scratch["position_smem"] = plgpu.SMEM((config.stages, tile_kv), jnp.int32)
   kernel = plgpu.kernel(
     functools.partial(_kernel, tiling=tiling, num_ctas=num_ctas),
     out_type=[
@@ -378,7 +377,6 @@ def _kernel(
   k_smem,  # [stages, tile_kv, head_dim]
   v_smem,  # [stages, tile_kv, head_dim]
   lse_smem,  # float32 [compute_wgs, 64]
-  position_smem,  # int32 [stages, tile_kv]
   q_full,
   q_free,
   k_full,
@@ -388,6 +386,7 @@ def _kernel(
   turn,
   tiling: _Tiling,
   num_ctas: int,
+  position_smem=None,  # int32 [stages, tile_kv]; of columns alone
 ):
   pl, plgpu = common.pallas()
   config = tiling.config

@@ -42,7 +42,7 @@ def compiler_params(plgpu):
   """Explicit, because the default of `lowering_semantics` has changed."""
   return plgpu.CompilerParams(
     approx_math=True,
-    reduction_scratch_bytes=1024,  # row reductions stay inside a warp
+    reduction_scratch_bytes=0,  # row reductions stay inside a warp
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
   )
 
