@@ -325,7 +325,11 @@ def _call(
     v_full=plgpu.Barrier(num_barriers=config.stages),
     k_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
     v_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
-    turn=plgpu.Barrier(num_arrivals=compute_wgs),
+    turn=(
+      plgpu.Barrier(num_barriers=2)
+      if config.overlap
+      else plgpu.Barrier(num_arrivals=compute_wgs)
+    ),
   )
   if tiling.has_columns:
     scratch["position_smem"] = plgpu.SMEM((config.stages, tile_kv), jnp.int32)
@@ -492,7 +496,12 @@ def _kernel(
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    if pingpong:  # half a step apart
+    if pingpong and config.overlap:
+
+      @pl.when(wg == 1)
+      def _():
+        plgpu.barrier_arrive(turn.at[0])
+    elif pingpong:  # half a step apart
       pl.when(wg == 1)(take_turn)
 
     def compute_tile(round_index, done):
@@ -620,12 +629,12 @@ def _kernel(
           acc_ref[...] = acc
           plgpu.barrier_wait(k_full.at[slot])
           if pingpong:
-            plgpu.barrier_wait(turn)
+            plgpu.barrier_wait(turn.at[wg])
           plgpu.wgmma(logits_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
           plgpu.barrier_wait(v_full.at[slot_before])
           plgpu.wgmma(acc_ref, p_low, v_smem.at[slot_before])
           if pingpong:
-            plgpu.barrier_arrive(turn)
+            plgpu.barrier_arrive(turn.at[1 - wg])
           logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
           logits = lax.optimization_barrier(logits)
           positions = column_positions(slot)
@@ -706,5 +715,10 @@ def _kernel(
       return done + num_steps
 
     lax.fori_loop(0, my_rounds, compute_tile, jnp.int32(0))
-    if pingpong:
+    if pingpong and config.overlap:
+
+      @pl.when(wg == 0)
+      def _():
+        plgpu.barrier_wait(turn.at[0])
+    elif pingpong:
       pl.when(wg == 0)(take_turn)
