@@ -171,6 +171,20 @@ class _Tiling:
     return self.heads_per_mask // self.heads_per_tile
 
   @property
+  def cluster(self) -> int:
+    return (
+      self.config.cluster
+      if (
+        self.tiles_per_row % self.config.cluster == 0
+        and self.num_heads
+        // self.num_kv_heads
+        % (self.config.cluster * self.heads_per_tile)
+        == 0
+      )
+      else 1
+    )
+
+  @property
   def num_tiles(self) -> int:
     return self.num_rows * self.tiles_per_row
 
@@ -301,9 +315,19 @@ def _call(
   config, head_dim = tiling.config, tiling.head_dim
   compute_wgs, tile_kv = tiling.compute_wgs, config.tile_kv
   batch = q.shape[0]
-  num_ctas = tiling.num_tiles
+  cluster = tiling.cluster
+  num_clusters = tiling.num_tiles // cluster
   if config.persistent:
-    num_ctas = min(num_ctas, device.num_multiprocessors())
+    num_clusters = min(num_clusters, device.num_multiprocessors() // cluster)
+  stage_free = (
+    plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages)
+    if cluster == 1
+    else plgpu.ClusterBarrier(
+      collective_axes=("member",),
+      num_arrivals=compute_wgs,
+      num_barriers=config.stages,
+    )
+  )
   transforms = common.transforms(plgpu)
   kv_smem = plgpu.SMEM(
     (config.stages, tile_kv, head_dim), q.dtype, transforms=transforms
@@ -323,8 +347,8 @@ def _call(
       num_arrivals=1 + tiling.has_columns, num_barriers=config.stages
     ),
     v_full=plgpu.Barrier(num_barriers=config.stages),
-    k_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
-    v_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.stages),
+    k_free=stage_free,
+    v_free=stage_free,
     turn=(
       plgpu.Barrier(num_barriers=2)
       if config.overlap
@@ -334,7 +358,7 @@ def _call(
   if tiling.has_columns:
     scratch["position_smem"] = plgpu.SMEM((config.stages, tile_kv), jnp.int32)
   kernel = plgpu.kernel(
-    functools.partial(_kernel, tiling=tiling, num_ctas=num_ctas),
+    functools.partial(_kernel, tiling=tiling, num_clusters=num_clusters),
     out_type=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
       jax.ShapeDtypeStruct(
@@ -343,8 +367,10 @@ def _call(
       ),
     ],
     scratch_types=scratch,
-    grid=(num_ctas,),
-    grid_names=("cta",),
+    grid=(num_clusters,),
+    grid_names=("cluster",),
+    cluster=(cluster,),
+    cluster_names=("member",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
     compiler_params=common.compiler_params(plgpu),
@@ -389,25 +415,31 @@ def _kernel(
   v_free,
   turn,
   tiling: _Tiling,
-  num_ctas: int,
+  num_clusters: int,
   position_smem=None,  # int32 [stages, tile_kv]; of columns alone
 ):
   pl, plgpu = common.pallas()
   config = tiling.config
   wg = lax.axis_index("wg")
-  cta = lax.axis_index("cta")
   compute_wgs, stages, q_slots = (
     tiling.compute_wgs,
     config.stages,
     config.q_slots,
   )
   tile_kv, per_block = config.tile_kv, tiling.steps_per_block
+  shared_by = "member" if tiling.cluster > 1 else None
   pingpong = config.pingpong and compute_wgs == 2
-  my_rounds, tile_number = common.rounds(tiling.num_tiles, num_ctas, cta)
+  my_rounds, tile_number = common.rounds(
+    tiling.num_tiles // tiling.cluster,
+    num_clusters,
+    lax.axis_index("cluster"),
+  )
 
   def tile_at(turn_index):
     """Row, batch, query block, first head and key head of a turn's tile."""
-    tile = tile_number(turn_index)
+    tile = tile_number(turn_index) * tiling.cluster
+    if tiling.cluster > 1:
+      tile += lax.axis_index("member")
     row = order_ref[lax.div(tile, tiling.tiles_per_row)]
     mask_row = lax.div(row, tiling.num_q_blocks)
     batch = lax.div(mask_row, tiling.num_mask_heads)
@@ -450,7 +482,10 @@ def _kernel(
           plgpu.barrier_wait(k_free.at[slot])
 
         plgpu.copy_gmem_to_smem(
-          k_ref.at[keys], k_smem.at[slot], k_full.at[slot]
+          k_ref.at[keys],
+          k_smem.at[slot],
+          k_full.at[slot],
+          collective_axes=shared_by,
         )
         if tiling.has_columns:
           plgpu.copy_gmem_to_smem(
@@ -464,7 +499,10 @@ def _kernel(
           plgpu.barrier_wait(v_free.at[slot])
 
         plgpu.copy_gmem_to_smem(
-          v_ref.at[keys], v_smem.at[slot], v_full.at[slot]
+          v_ref.at[keys],
+          v_smem.at[slot],
+          v_full.at[slot],
+          collective_axes=shared_by,
         )
 
       # Keys of the next tile need not wait until the last output is stored.
@@ -485,7 +523,15 @@ def _kernel(
       lax.fori_loop(ahead, num_steps, load_step, None)
       return done + num_steps
 
-    lax.fori_loop(0, my_rounds, load_tile, jnp.int32(0))
+    done = lax.fori_loop(0, my_rounds, load_tile, jnp.int32(0))
+    if tiling.cluster > 1:
+      # Stay until the other members have arrived here for the last time.
+      def drain(step, _):
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(k_free.at[slot])
+        plgpu.barrier_wait(v_free.at[slot])
+
+      lax.fori_loop(jnp.maximum(done - stages, 0), done, drain, None)
 
   @pl.when(wg < compute_wgs)
   def _compute():

@@ -16,6 +16,8 @@ class ForwardConfig:
     pingpong: whether two compute warpgroups take turns on the tensor cores.
     overlap: whether a warpgroup's softmax runs beside its own product with V.
     persistent: one thread block a multiprocessor that walks many tiles.
+    cluster: thread blocks that share each key and value load, if that many
+      query heads share a list.
   """
 
   tile_kv: int = 128
@@ -24,6 +26,7 @@ class ForwardConfig:
   pingpong: bool = True
   overlap: bool = False
   persistent: bool = True
+  cluster: int = 1
 
   def __post_init__(self):
     for name in ("tile_kv", "stages", "q_slots"):
