@@ -547,8 +547,6 @@ def _kernel(
       @pl.when(wg == 1)
       def _():
         plgpu.barrier_arrive(turn.at[0])
-    elif pingpong:  # half a step apart
-      pl.when(wg == 1)(take_turn)
 
     def compute_tile(round_index, done):
       row, batch, q_block, head, _ = tile_at(round_index)
@@ -612,6 +610,10 @@ def _kernel(
         zeros((common.ROWS,)), plgpu.Layout.WGMMA.reduce(1)
       )
       plgpu.barrier_wait(q_full.at[q_slot])
+      if pingpong and not config.overlap:
+        # Half a step apart in each tile: the second warpgroup must not wait
+        # for the first one's next tile, which may wait for this one's keys.
+        pl.when(wg == 1)(take_turn)
 
       def step_in_turns(step, carry, is_masked):
         acc, row_max, row_sum = carry
@@ -744,6 +746,12 @@ def _kernel(
           carry,
         )
 
+      if pingpong and not config.overlap:
+
+        @pl.when(wg == 0)
+        def _():
+          plgpu.barrier_arrive(turn)
+
       is_empty = row_sum == 0.0
       inverse = jnp.where(is_empty, 0.0, 1.0 / row_sum)
       acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
@@ -758,6 +766,12 @@ def _kernel(
       )
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       plgpu.barrier_arrive(q_free.at[q_slot])
+      if pingpong and not config.overlap:
+
+        @pl.when(wg == 0)
+        def _():
+          plgpu.barrier_wait(turn)
+
       return done + num_steps
 
     lax.fori_loop(0, my_rounds, compute_tile, jnp.int32(0))
@@ -766,5 +780,3 @@ def _kernel(
       @pl.when(wg == 0)
       def _():
         plgpu.barrier_wait(turn.at[0])
-    elif pingpong:
-      pl.when(wg == 0)(take_turn)
