@@ -39,7 +39,7 @@ def forward_config(head_dim: int, block_kv: int) -> ForwardConfig:
     return ForwardConfig(tile_kv=64, stages=2, q_slots=1)
   if head_dim == 64:
     return ForwardConfig(tile_kv=block_kv, stages=4, q_slots=2)
-  return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2)
+  return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2, cluster=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
