@@ -13,9 +13,6 @@ class ForwardConfig:
     tile_kv: keys per pipeline step; divides block_kv.
     stages: key/value tiles in shared memory.
     q_slots: query tiles in shared memory; 2 loads the next while one is used.
-    pingpong: whether two compute warpgroups take turns on the tensor cores.
-    overlap: whether a warpgroup's softmax runs beside its own product with V.
-    persistent: one thread block a multiprocessor that walks many tiles.
     cluster: thread blocks that share each key and value load, if that many
       query heads share a list.
   """
@@ -23,9 +20,6 @@ class ForwardConfig:
   tile_kv: int = 128
   stages: int = 2
   q_slots: int = 1
-  pingpong: bool = True
-  overlap: bool = False
-  persistent: bool = True
   cluster: int = 1
 
   def __post_init__(self):
