@@ -1,16 +1,50 @@
 """What the Hopper kernels share: late imports, lists, order of tiles."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_sparse_attention import tuning
+
 LOG2_E = math.log2(math.e)
 ROWS = 64  # rows of one warpgroup's products
 LOADER_REGISTERS = 24
 COMPUTE_REGISTERS = 240
 _TILE_ROWS = 8  # rows of a swizzled tile in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiling:
+  """Static sizes of one call."""
+
+  num_heads: int
+  num_kv_heads: int
+  num_mask_heads: int
+  num_q_blocks: int
+  num_kv_blocks: int
+  max_blocks: int
+  head_dim: int
+  batch: int
+  block_q: int
+  block_kv: int
+  causal: bool
+  scale: float
+  config: tuning.BackwardConfig
+
+  @property
+  def group(self) -> int:
+    return self.num_heads // self.num_kv_heads
+
+  @property
+  def heads_per_mask(self) -> int:
+    return self.num_heads // self.num_mask_heads
+
+  @property
+  def scale_log2(self) -> float:
+    return self.scale * LOG2_E
 
 
 def pallas():

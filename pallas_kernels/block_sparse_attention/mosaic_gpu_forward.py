@@ -17,6 +17,7 @@ TUNING.md beside this file has what was tried and what it brought.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ def _kernel(
   turn,
   tiling: Tiling,
   num_clusters: int,
-  position_smem=None,  # int32 [stages, tile_kv]; of columns alone
+  position_smem: Any = None,  # int32 [stages, tile_kv]; of columns alone
 ):
   pl, plgpu = common.pallas()
   config = tiling.config
