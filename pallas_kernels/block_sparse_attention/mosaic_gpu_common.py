@@ -1,6 +1,7 @@
 """What the Hopper kernels share: late imports, lists, order of tiles."""
 
 import dataclasses
+import inspect
 import math
 
 import jax
@@ -61,7 +62,7 @@ def pallas():
     del needed
   except (ImportError, AttributeError) as error:
     raise NotImplementedError(
-      f"mosaic_gpu needs Pallas as of JAX 0.11; got jax {jax.__version__}: "
+      f"mosaic_gpu needs Pallas as of JAX 0.10.2; got jax {jax.__version__}: "
       f"{error}."
     ) from error
   return pl, plgpu
@@ -79,6 +80,15 @@ def compiler_params(plgpu):
     reduction_scratch_bytes=0,  # row reductions stay inside a warp
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
   )
+
+
+def load(ref, layout):
+  """Shared memory to registers; JAX 0.10 wants an index."""
+  _, plgpu = pallas()
+  index = inspect.signature(plgpu.load).parameters.get("idx")
+  is_needed = index is not None and index.default is inspect.Parameter.empty
+  args = ((),) if is_needed else ()
+  return plgpu.load(ref, *args, layout=layout)
 
 
 def pad_length(x, least):

@@ -232,8 +232,8 @@ def _dkv_kernel(
             plgpu.wgmma(
               dp_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0))
             )
-            lse = plgpu.load(stat_smem.at[slot, 0], layout=per_query)
-            delta = plgpu.load(stat_smem.at[slot, 1], layout=per_query)
+            lse = common.load(stat_smem.at[slot, 0], layout=per_query)
+            delta = common.load(stat_smem.at[slot, 1], layout=per_query)
             logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
             logits = lax.optimization_barrier(logits)
             if is_masked:

@@ -176,8 +176,8 @@ def _dq_kernel(
       num_masked = num_masked_ref[row] * per_block
       plgpu.barrier_wait(q_full)
       per_row = plgpu.Layout.WGMMA.reduce(1)
-      lse = plgpu.load(stat_smem.at[wg, 0], layout=per_row)
-      delta = plgpu.load(stat_smem.at[wg, 1], layout=per_row)
+      lse = common.load(stat_smem.at[wg, 0], layout=per_row)
+      delta = common.load(stat_smem.at[wg, 1], layout=per_row)
       first_query = q_block * tiling.block_q + wg * common.ROWS
       num_visible = jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
       if tiling.causal:

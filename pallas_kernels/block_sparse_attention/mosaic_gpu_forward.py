@@ -346,7 +346,7 @@ def _kernel(
       def column_positions(slot):
         if not tiling.has_columns:
           return None
-        return plgpu.load(
+        return common.load(
           position_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
         )
 
