@@ -94,7 +94,7 @@ def attention(
 ):
   """The op without a look at the device, so that it lowers on any machine."""
   if config is None:
-    config = tuning.forward_config(q.shape[-1], block_kv)
+    config = tuning.forward_config(q.shape[-1], block_q, block_kv)
   settings = (block_q, block_kv, causal, scale, config)
   return _attention(q, k, v, indices, counts, q_offset, kv_len, settings)
 
@@ -179,7 +179,7 @@ def column_attention(
   if config is None:
     # As it was checked on the card: columns with clusters never ran.
     config = dataclasses.replace(
-      tuning.forward_config(head_dim, _COLUMN_BLOCK), cluster=1
+      tuning.forward_config(head_dim, block_q, _COLUMN_BLOCK), cluster=1
     )
   missing = -num_columns % _COLUMN_BLOCK
   positions = jnp.pad(

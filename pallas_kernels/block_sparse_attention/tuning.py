@@ -27,13 +27,15 @@ class ForwardConfig:
       checks.check_positive_int(name, getattr(self, name))
 
 
-def forward_config(head_dim: int, block_kv: int) -> ForwardConfig:
+def forward_config(head_dim: int, block_q: int, block_kv: int) -> ForwardConfig:
   """The measured choice; see TUNING.md."""
   if head_dim == 256:
     return ForwardConfig(tile_kv=64, stages=2, q_slots=1)
   if head_dim == 64:
     return ForwardConfig(tile_kv=block_kv, stages=4, q_slots=2)
-  return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2, cluster=2)
+  # Clusters were measured with the widest tiles alone.
+  cluster = 2 if block_q == block_kv == 128 else 1
+  return ForwardConfig(tile_kv=block_kv, stages=2, q_slots=2, cluster=cluster)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
