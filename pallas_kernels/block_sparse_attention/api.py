@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import reference, triton, xla
 
 IMPLEMENTATIONS = {
   "reference": reference.block_sparse_attention,
+  "triton": triton.block_sparse_attention,
   "xla": xla.block_sparse_attention,
 }
 

@@ -1,0 +1,112 @@
+"""What the Triton back ends share: the target they compile for, and the call.
+
+JAX deprecates its Triton back end in favour of Mosaic GPU, whose matrix
+instructions need a Hopper card; notebooks in the cloud give T4, A100 and L4.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+try:
+  from jax.experimental.pallas import triton as plgpu
+except ImportError as error:  # a JAX that has dropped Triton
+  plgpu = None
+  _MISSING = str(error)
+
+OLDEST = 75  # compute capability 7.5: T4
+
+
+def target(capability: int | None, interpret: bool, dtype: Any) -> int:
+  """Compute capability to compile for, as 10 * major + minor.
+
+  Args:
+    capability: a given one, or None to ask the default device.
+    interpret: whether the kernel is interpreted, which needs no device.
+    dtype: of the arrays that are multiplied.
+
+  Returns:
+    The capability.
+
+  Raises:
+    NotImplementedError: no Triton in this JAX, no NVIDIA GPU, too old a one.
+  """
+  if plgpu is None:
+    raise NotImplementedError(
+      f"triton needs a JAX with pallas.triton; got {jax.__version__} "
+      f'({_MISSING}). Use implementation="xla".'
+    )
+  if capability is None:
+    if interpret:
+      return 80
+    device = jax.devices()[0]
+    found = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not found:
+      raise NotImplementedError(
+        f"triton needs an NVIDIA GPU; got {device.device_kind}. "
+        'Use implementation="xla".'
+      )
+    capability = int(str(found).replace(".", ""))
+  if capability < OLDEST:
+    raise NotImplementedError(
+      f"triton needs compute capability >= 7.5; got {capability / 10}. "
+      'Use implementation="xla".'
+    )
+  if jnp.dtype(dtype).name == "bfloat16" and capability < 80:
+    raise NotImplementedError(
+      "triton needs compute capability >= 8.0 for bfloat16; got "
+      f'{capability / 10}. Use float16 or implementation="xla".'
+    )
+  return capability
+
+
+def call(kernel, *, num_warps, num_stages, interpret, name, **settings):
+  """`pl.pallas_call` on whole arrays, compiled by Triton."""
+  assert plgpu is not None, "target() comes first"
+  params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+  return pl.pallas_call(
+    kernel,
+    compiler_params=params,
+    interpret=interpret,
+    name=name,
+    **settings,
+  )
+
+
+def is_power_of_two(value: int) -> bool:
+  return value > 0 and value & (value - 1) == 0
+
+
+def pad_axis(x, axis: int, size: int):
+  """Zeros at the end of an axis up to `size`; x itself if it is long enough."""
+  missing = size - x.shape[axis]
+  if missing <= 0:
+    return x
+  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+
+
+def largest_tile(limit: int, *sizes: int) -> int:
+  """The largest power of two that divides all sizes, at most `limit`."""
+  common = math.gcd(*sizes)
+  return min(limit, common & -common)
+
+
+def dot(a, b, *, b_axis: int = 0, exact: bool = False):
+  """a [m, k] times b [k, n] (or, with b_axis=1, b [n, k]), in float32.
+
+  exact: float32 operands keep all their bits; else TensorFloat-32.
+  """
+  precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+  if a.dtype != jnp.float32:
+    precision = None
+  return lax.dot_general(
+    a,
+    b,
+    (((1,), (b_axis,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
