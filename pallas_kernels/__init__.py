@@ -10,3 +10,4 @@ from pallas_kernels.block_sparse_attention import (
 from pallas_kernels.composite_pooling import (
   composite_pooling as composite_pooling,
 )
+from pallas_kernels.composite_scores import composite_scores as composite_scores

@@ -1,0 +1,31 @@
+"""The suite of composite_scores on every back end that a CPU can run."""
+
+import functools
+
+import pytest
+
+from pallas_kernels.composite_scores import api, triton
+from tests.pallas_kernels.composite_scores import suite
+
+
+class TestReference(suite.CompositeScoresSuite):
+  implementation = "reference"
+
+
+class TestXla(suite.CompositeScoresSuite):
+  implementation = "xla"
+
+
+class TestTritonInterpreted(suite.CompositeScoresSuite):
+  implementation = "triton"
+
+  @pytest.fixture(autouse=True)
+  def interpret(self, monkeypatch):
+    interpreted = functools.partial(triton.composite_scores, interpret=True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
+
+
+@pytest.mark.gpu
+class TestTriton(suite.CompositeScoresSuite):
+  implementation = "triton"
+  tolerance = 2e-3  # TensorFloat-32
