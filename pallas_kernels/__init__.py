@@ -4,6 +4,7 @@ Each op is a folder with one public function; `implementation=` names the
 back end and the file that holds it.
 """
 
+from pallas_kernels.block_selection import block_selection as block_selection
 from pallas_kernels.block_sparse_attention import (
   block_sparse_attention as block_sparse_attention,
 )
