@@ -32,8 +32,8 @@ def block_selection(
   capability=None,
   interpret=False,
 ):
-  """See `api.block_selection`; capability, interpret: `triton_backend`."""
-  triton_backend.target(capability, interpret, block_scores.dtype)
+  """See `api.block_selection` and, for the last two, `triton_backend`."""
+  triton_backend.target(capability, interpret)
   batch, num_mask_heads, num_q_blocks, num_kv_blocks = block_scores.shape
   width = pl.next_power_of_2(num_kv_blocks)
   if width > _MAX_BLOCKS:
@@ -108,9 +108,7 @@ def _kernel(
   scores = plgpu.load(scores_ref.at[at], mask=is_row[:, None], other=0.0)
 
   block = lax.broadcasted_iota(jnp.int32, (rows, width), 1)
-  first, last = rules.row_positions(
-    row, block_q, q_len_ref[b], q_offset_ref[b]
-  )
+  first, last = rules.row_positions(row, block_q, q_len_ref[b], q_offset_ref[b])
   admissible, forced = rule(block, first[:, None], last[:, None], kv_len_ref[b])
   is_block = block < num_kv_blocks
   kept, num_selected = search.keep(

@@ -30,8 +30,8 @@ def column_score_sampling(
   capability=None,
   interpret=False,
 ):
-  """See `api.column_score_sampling`; capability, interpret: `triton_backend`."""
-  capability = triton_backend.target(capability, interpret, q.dtype)
+  """See `api.column_score_sampling` and, for the last two, `triton_backend`."""
+  capability = triton_backend.target(capability, interpret)
   batch, num_rows, num_heads, head_dim = q.shape
   kv_len = k.shape[1]
   if head_dim > 256:
@@ -72,9 +72,7 @@ def column_score_sampling(
   scores = call(
     functools.partial(_sum_kernel, kv_len=kv_len, **settings),
     grid=(num_heads, num_key_tiles, batch),
-    out_shape=jax.ShapeDtypeStruct(
-      (batch, num_heads, k.shape[1]), jnp.float32
-    ),
+    out_shape=jax.ShapeDtypeStruct((batch, num_heads, k.shape[1]), jnp.float32),
     name="column_score_sum",
   )(q, k, last_keys, lse, first, full)
   return scores[:, :, :kv_len]
@@ -187,7 +185,7 @@ def _tile_sizes(capability, head_dim, itemsize):
   """(rows, keys, warps, stages) of a tile that fit the shared memory."""
   if itemsize == 4:  # exact float32 products have no matrix instruction
     return 32, 32, 4, 1
-  if capability < 80 or head_dim > 128:
+  if head_dim > 128:
     return 64, 64, 4, 1
   if capability in (80, 90):
     return 128, 128, 8, 3

@@ -22,8 +22,9 @@ def column_score_sampling(
   last_keys = jnp.pad(last_keys, ((0, 0), (0, missing)), constant_values=-1)
   q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
   # [strips, batch, rows, num_kv_heads, heads per kv head, head_dim]
-  q = q.reshape(batch, -1, per_strip, num_kv_heads, num_heads // num_kv_heads,
-                head_dim)
+  q = q.reshape(
+    batch, -1, per_strip, num_kv_heads, num_heads // num_kv_heads, head_dim
+  )
   last_keys = last_keys.reshape(batch, -1, per_strip)
   key = jnp.arange(kv_len, dtype=jnp.int32)
 

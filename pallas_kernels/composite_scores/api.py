@@ -29,10 +29,11 @@ def composite_scores(
 ) -> Float[Array, "batch num_groups num_q_blocks num_kv_blocks"]:
   """Softmax between composite tokens, summed over each block of keys.
 
-  scores[i, j] = sum_u weight_u sum_w softmax_w(scale * <q_u, k_w> + log(k_counts_w
-  / window_kv)) over the composites u of query block i and w of key block j, with
-  weight_u = q_counts_u / (valid queries of block i). If causal, u sees w when
-  w's first key is not after u's last query.
+  scores[i, j] = sum_u weight_u sum_w softmax_w(scale * <q_u, k_w> + bias_w),
+  over the composites u of query block i and w of key block j, with weight_u =
+  q_counts_u / (valid queries of block i) and bias_w = log(k_counts_w /
+  window_kv). If causal, u sees w when w's first key is not after u's last
+  query.
 
   Args:
     q: float32 [batch, num_q_composites, num_groups, head_dim]; means over

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_backend
 from pallas_kernels.composite_scores import layout
-from pallas_kernels.triton_backend import plgpu
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # finite: a row of masked logits must not make NaN
@@ -38,8 +37,8 @@ def composite_scores(
   capability=None,
   interpret=False,
 ):
-  """See `api.composite_scores`; capability, interpret: `triton_backend`."""
-  capability = triton_backend.target(capability, interpret, q.dtype)
+  """See `api.composite_scores` and, for the last two, `triton_backend`."""
+  capability = triton_backend.target(capability, interpret)
   rows, columns = block_q // window_q, block_kv // window_kv
   head_dim = max(16, pl.next_power_of_2(q.shape[-1]))
   tile_rows, tile_blocks, num_warps, num_stages = _tile_sizes(
@@ -189,8 +188,6 @@ def _kernel(
 
 def _tile_sizes(capability, head_dim):
   """(composite queries, key blocks, warps, stages) that fit the memory."""
-  if capability in (80, 90) and head_dim <= 128:
-    return 128, 64, 8, 2
-  if capability >= 80 and head_dim <= 128:
-    return 64, 32, 4, 2
-  return 32, 32, 4, 1
+  if head_dim > 128:
+    return 32, 32, 4, 1
+  return (128, 64, 8, 2) if capability in (80, 90) else (64, 32, 4, 2)

@@ -2,12 +2,9 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.block_sparse_attention import api, triton
-from tests import helpers
 from tests.pallas_kernels.block_sparse_attention import suite
 
 
