@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_backend
-from pallas_kernels.block_sparse_attention import xla_gradient
+from pallas_kernels.block_sparse_attention import masked_lists, xla_gradient
 from pallas_kernels.triton_backend import plgpu
 
 _LOG2_E = math.log2(math.e)
@@ -193,7 +193,7 @@ def _forward(
   q, k, v = (triton_backend.pad_axis(x, 3, padded_dim) for x in (q, k, v))
   q = triton_backend.pad_axis(q, 1, tile_q)
   k, v = (triton_backend.pad_axis(x, 1, tile_kv) for x in (k, v))
-  num_masked = num_masked_blocks(
+  num_masked = masked_lists.num_masked_blocks(
     indices,
     counts,
     q_offset,
@@ -224,24 +224,6 @@ def _forward(
     name="block_sparse_attention",
   )(q, k, v, indices, counts, num_masked, q_offset, kv_len)
   return out[:, :q_len, :, :head_dim], lse[:, :q_len]
-
-
-def num_masked_blocks(
-  indices, counts, q_offset, kv_len, *, block_q, block_kv, causal
-):
-  """int32 [batch, num_mask_heads, num_q_blocks]: slots up to the last mask.
-
-  The number of leading list entries that hold every block whose last key some
-  query of the row may not see.
-  """
-  last_key = (indices + 1) * block_kv - 1
-  needs = last_key >= kv_len[:, None, None, None]
-  if causal:
-    row = lax.broadcasted_iota(jnp.int32, indices.shape, 2) * block_q
-    needs |= last_key > q_offset[:, None, None, None] + row
-  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
-  needs &= slot < counts[..., None]
-  return jnp.where(needs, slot + 1, 0).max(-1)
 
 
 def _tile_sizes(capability, head_dim, itemsize):
