@@ -136,7 +136,7 @@ def _kernel(
       copy.start()
 
   def start_next_row(buffer):
-    """The first copy of the next grid step, so that no row waits for its own."""
+    """Starts the first copy of the next grid step, which then need not wait."""
 
     @pl.when(here + 1 < pl.num_programs(0) * num_units * num_q_blocks)
     def _():
@@ -314,9 +314,7 @@ def _forward(
     out_specs=[row_block(head_dim, rows), row_block(1, rows)],
     out_shape=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      jax.ShapeDtypeStruct(
-        (batch, units, num_q_blocks, 1, rows), jnp.float32
-      ),
+      jax.ShapeDtypeStruct((batch, units, num_q_blocks, 1, rows), jnp.float32),
     ],
     scratch_shapes=[
       pltpu.VMEM((head_dim, rows), jnp.float32),

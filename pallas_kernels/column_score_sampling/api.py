@@ -4,12 +4,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.column_score_sampling import reference, triton, xla
+from pallas_kernels.column_score_sampling import (
+  mosaic_tpu,
+  reference,
+  triton,
+  xla,
+)
 
 IMPLEMENTATIONS = {
   "reference": reference.column_score_sampling,
   "xla": xla.column_score_sampling,
   "triton": triton.column_score_sampling,
+  "mosaic_tpu": mosaic_tpu.column_score_sampling,
 }
 
 
@@ -38,8 +44,8 @@ def column_score_sampling(
     causal: whether a query sees only keys at or before its own position.
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     kv_len: number of valid keys; scalar or [batch]; default all of k.
-    implementation: "triton", "xla", "reference", a sequence to try in order, or
-      None for this platform's default.
+    implementation: "triton", "mosaic_tpu", "xla", "reference", a sequence to
+      try in order, or None for this platform's default.
 
   Returns:
     float32 [batch, num_heads, kv_len]; its sum over keys is the number of rows

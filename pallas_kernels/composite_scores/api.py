@@ -3,12 +3,13 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.composite_scores import reference, triton, xla
+from pallas_kernels.composite_scores import mosaic_tpu, reference, triton, xla
 
 IMPLEMENTATIONS = {
   "reference": reference.composite_scores,
   "xla": xla.composite_scores,
   "triton": triton.composite_scores,
+  "mosaic_tpu": mosaic_tpu.composite_scores,
 }
 
 

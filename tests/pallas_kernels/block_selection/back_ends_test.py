@@ -17,7 +17,7 @@ class TestXla(suite.BlockSelectionSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.BlockSelectionSuite):
+class TestTritonInterpreted(suite.InterpretedSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)

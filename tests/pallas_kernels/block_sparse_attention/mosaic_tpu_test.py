@@ -8,7 +8,7 @@ from pallas_kernels.block_sparse_attention import api, mosaic_tpu
 from tests.pallas_kernels.block_sparse_attention import suite
 
 
-class TestMosaicTpuInterpreted(suite.BlockSparseAttentionSuite):
+class TestMosaicTpuInterpreted(suite.InterpretedSuite):
   implementation = "mosaic_tpu"
 
   @pytest.fixture(autouse=True)

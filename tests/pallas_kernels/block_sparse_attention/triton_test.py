@@ -8,7 +8,7 @@ from pallas_kernels.block_sparse_attention import api, triton
 from tests.pallas_kernels.block_sparse_attention import suite
 
 
-class TestTritonInterpreted(suite.BlockSparseAttentionSuite):
+class TestTritonInterpreted(suite.InterpretedSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)

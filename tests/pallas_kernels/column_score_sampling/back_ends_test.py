@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels.column_score_sampling import api, triton
+from pallas_kernels.column_score_sampling import api, mosaic_tpu, triton
 from tests.pallas_kernels.column_score_sampling import suite
 
 
@@ -18,7 +18,7 @@ class TestXla(suite.ColumnScoreSamplingSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.ColumnScoreSamplingSuite):
+class TestTritonInterpreted(suite.InterpretedSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)
@@ -27,6 +27,17 @@ class TestTritonInterpreted(suite.ColumnScoreSamplingSuite):
       triton.column_score_sampling, interpret=True
     )
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
+
+
+class TestMosaicTpuInterpreted(suite.InterpretedSuite):
+  implementation = "mosaic_tpu"
+
+  @pytest.fixture(autouse=True)
+  def interpret(self, monkeypatch):
+    interpreted = functools.partial(
+      mosaic_tpu.column_score_sampling, interpret=True
+    )
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_tpu", interpreted)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from pallas_kernels.composite_scores import api, triton
+from pallas_kernels.composite_scores import api, mosaic_tpu, triton
 from tests.pallas_kernels.composite_scores import suite
 
 
@@ -16,13 +16,22 @@ class TestXla(suite.CompositeScoresSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.CompositeScoresSuite):
+class TestTritonInterpreted(suite.InterpretedSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)
   def interpret(self, monkeypatch):
     interpreted = functools.partial(triton.composite_scores, interpret=True)
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
+
+
+class TestMosaicTpuInterpreted(suite.InterpretedSuite):
+  implementation = "mosaic_tpu"
+
+  @pytest.fixture(autouse=True)
+  def interpret(self, monkeypatch):
+    interpreted = functools.partial(mosaic_tpu.composite_scores, interpret=True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_tpu", interpreted)
 
 
 @pytest.mark.gpu
