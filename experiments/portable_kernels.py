@@ -27,24 +27,48 @@ from unisparse_jax import records, timing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where records go.")
 _LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "Tokens.")
-_VARIANTS = flags.DEFINE_bool("variants", False, "Time other tile sizes too.")
+_VARIANTS = flags.DEFINE_integer(
+  "variants_at", 0, "Tokens at which to time other tile sizes; 0: not."
+)
+_CHECK = flags.DEFINE_bool("check", True, "Check numbers before timing.")
 _SECONDS = flags.DEFINE_float("seconds", 1e9, "Start nothing after so long.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls.")
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, WINDOW = 32, 8, 128, 128, 16
 # (queries or rows, keys or key blocks, warps, stages) of a tile
+# By kernel: its module, the entry of its table of sizes (or None), variants.
 VARIANTS = {
+  "column_lse": (
+    column_triton,
+    "lse",
+    (
+      (128, 128, 4, 2),
+      (64, 128, 4, 2),
+      (128, 64, 4, 2),
+      (64, 64, 4, 4),
+      (64, 256, 4, 2),
+    ),
+  ),
+  "column_sum": (
+    column_triton,
+    "sum",
+    (
+      (128, 128, 4, 2),
+      (128, 64, 4, 2),
+      (64, 128, 4, 3),
+      (128, 64, 4, 3),
+      (256, 64, 4, 2),
+    ),
+  ),
   "attention": (
     attention_triton,
-    ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 3)),
-  ),
-  "columns": (
-    column_triton,
-    ((128, 64, 4, 3), (128, 64, 8, 4), (64, 128, 4, 3), (128, 128, 4, 2)),
+    None,
+    ((128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 2)),
   ),
   "scores": (
     scores_triton,
-    ((64, 64, 4, 2), (128, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 1)),
+    None,
+    ((128, 32, 4, 3), (128, 32, 4, 2), (128, 16, 4, 4)),
   ),
 }
 
@@ -178,7 +202,7 @@ def check(writer, length=2048):
     jax.random.key(3), (1, length // 64, 1, HEAD_DIM), jnp.bfloat16
   )
   smooth = jnp.repeat(smooth, 64, axis=1)
-  arrays = jax.jit(composites)(q + 2 * smooth, k + 2 * smooth)
+  arrays = jax.jit(composites)(q + smooth / 2, k + smooth)
   scores = {
     name: jax.jit(functools.partial(scores_of, implementation=name))(arrays)
     for name in ("triton", "reference")
@@ -315,13 +339,25 @@ def selection_reference_lists(scores, length):
 
 
 def time_variants(bench, length):
-  """Other tile sizes, one kernel at a time."""
+  """Other tile sizes, one kernel at a time; the rest of the run has the best.
+
+  The two passes over the columns are timed together, one varied at a time.
+  """
   q, k, v = draw_qkv(length)
-  indices, counts, flops = random_lists(length, 0.25)
+  indices, counts, flops = random_lists(length, 0.1)
   arrays = jax.jit(composites)(q, k)
   rows = length // 20
   positions = (jnp.arange(rows, dtype=jnp.int32) + 1) * 20 - 1
+  columns = (
+    lambda q, k, p: pallas_kernels.column_score_sampling(
+      q, k, p, implementation="triton"
+    ),
+    (q[:, positions], k, positions[None]),
+    4.0 * rows * length / 2 * HEAD_DIM * HEADS,
+  )
   calls = {
+    "column_lse": columns,
+    "column_sum": columns,
     "attention": (
       lambda *args: pallas_kernels.block_sparse_attention(
         *args, implementation="triton"
@@ -329,34 +365,42 @@ def time_variants(bench, length):
       (q, k, v, indices, counts),
       flops,
     ),
-    "columns": (
-      lambda q, k, p: pallas_kernels.column_score_sampling(
-        q, k, p, implementation="triton"
-      ),
-      (q[:, positions], k, positions[None]),
-      4.0 * rows * length / 2 * HEAD_DIM * HEADS,
-    ),
     "scores": (
       lambda *arrays: scores_of(arrays),
       arrays,
       4.0 * (length / WINDOW) ** 2 / 2 * HEAD_DIM * KV_HEADS,
     ),
   }
-  for kernel, (module, variants) in VARIANTS.items():
+  for kernel, (module, entry, variants) in VARIANTS.items():
     fn, args, flops = calls[kernel]
     chosen = module._tile_sizes
+
+    def use(variant, module=module, entry=entry, chosen=chosen):
+      def sizes(*target):
+        return {**chosen(*target), entry: variant} if entry else variant
+
+      module._tile_sizes = sizes
+
+    times = {}
     for variant in variants:
-      module._tile_sizes = lambda *_, variant=variant: variant
+      use(variant)
       # A new function each time: jit must not reuse the last variant's trace.
-      bench.run(
+      time_ms = bench.run(
         f"{kernel} {variant}",
         length,
         lambda *args, fn=fn: fn(*args),
         *args,
         flops=flops,
+        kernel=kernel,
         variant=variant,
       )
+      if time_ms is not None:
+        times[variant] = time_ms
     module._tile_sizes = chosen
+    if times:
+      best = min(times, key=times.__getitem__)
+      use(best)
+      print(f"kept: {kernel} {best}", flush=True)
 
 
 def main(argv):
@@ -375,11 +419,12 @@ def main(argv):
   writer = records.RecordWriter(workdir / "portable_kernels.jsonl", settings)
   bench = Bench(writer)
   print(jax.devices()[0].device_kind, jax.__version__, flush=True)
-  check(writer)
+  if _CHECK.value:
+    check(writer)
+  if _VARIANTS.value:
+    time_variants(bench, _VARIANTS.value)
   for length in map(int, _LENGTHS.value):
     time_length(bench, length)
-  if _VARIANTS.value:
-    time_variants(bench, int(_LENGTHS.value[0]))
 
 
 if __name__ == "__main__":

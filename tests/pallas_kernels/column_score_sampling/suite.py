@@ -15,6 +15,7 @@ CASES = {
   "strided": (1, 256, 4, 2, 16, range(7, 256, 8), True, None),
   "ragged": (2, 333, 4, 1, 32, (*range(0, 300, 7), 332), True, (333, 90)),
   "any_order": (1, 200, 2, 2, 16, (199, 3, -1, 77, 0, 150), True, None),
+  "few_rows_many_keys": (1, 2048, 2, 1, 16, (2047, 1000, 5), True, 1500),
   "bidirectional": (1, 100, 2, 1, 64, range(40), False, 70),
 }
 
@@ -129,6 +130,7 @@ class InterpretedSuite(ColumnScoreSamplingSuite):
     [
       ("ragged", "bfloat16"),
       ("any_order", "float32"),
+      ("few_rows_many_keys", "bfloat16"),
       ("bidirectional", "float16"),
     ],
   )

@@ -34,6 +34,9 @@ class TestMosaicTpuInterpreted(suite.InterpretedSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_tpu", interpreted)
 
 
+@pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend:DeprecationWarning"
+)
 @pytest.mark.gpu
 class TestTriton(suite.CompositeScoresSuite):
   implementation = "triton"
