@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import ahead_of_time
 from pallas_kernels.block_selection import triton as selection_triton
 from pallas_kernels.block_sparse_attention import (
   mosaic_tpu as attention_tpu,
@@ -20,12 +21,16 @@ from pallas_kernels.column_score_sampling import triton as columns_triton
 from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
-from tests.pallas_kernels import targets
 
 LENGTH = 4096
 # JAX says of its Triton back end that it will go.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:The Pallas Triton backend:DeprecationWarning"
+)
+
+needs_libtpu = pytest.mark.skipif(
+  not ahead_of_time.has_libtpu(),
+  reason="libtpu is not installed: pip install unisparse-jax[tpu]",
 )
 
 
@@ -121,11 +126,11 @@ TPU = {
 }
 
 
-@pytest.mark.parametrize("capability", targets.CARDS)
+@pytest.mark.parametrize("capability", ahead_of_time.CARDS)
 @pytest.mark.parametrize("name", TRITON)
 def test_triton_kernel_lowers_for_cuda(name, capability):
   fn, shapes = TRITON[name]
-  text = targets.lower_for_cuda(fn, shapes, capability)
+  text = ahead_of_time.lower_for_cuda(fn, shapes, capability).as_text()
   calls = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)
   assert len(calls) == KERNELS.get(name, 1)
 
@@ -156,12 +161,12 @@ def test_triton_names_what_it_cannot_serve(changes, message):
     jax.eval_shape(fn, *shapes)
 
 
-@targets.needs_libtpu
-@pytest.mark.parametrize("tpu", targets.TPUS)
+@needs_libtpu
+@pytest.mark.parametrize("tpu", ahead_of_time.TPUS)
 @pytest.mark.parametrize("name", TPU)
 def test_tpu_kernel_compiles(name, tpu):
   fn, shapes = TPU[name]
-  compiled = targets.compile_for_tpu(fn, shapes, tpu)
+  compiled = ahead_of_time.compile_for_tpu(fn, shapes, tpu)
   assert "tpu_custom_call" in compiled.as_text()
   inputs = sum(x.size * x.dtype.itemsize for x in shapes)
   memory = compiled.memory_analysis()
@@ -171,7 +176,7 @@ def test_tpu_kernel_compiles(name, tpu):
   assert compiled.cost_analysis()["flops"] > 0
 
 
-@targets.needs_libtpu
+@needs_libtpu
 def test_tpu_attention_memory_is_linear_in_length():
   def temporaries(length):
     fn, shapes = TPU["attention_bfloat16_128"]
@@ -184,7 +189,7 @@ def test_tpu_attention_memory_is_linear_in_length():
     ]
     blocks = length // 128
     shapes[3:5] = array(1, 2, blocks, 32), array(1, 2, blocks)
-    memory = targets.compile_for_tpu(fn, shapes, "v5e").memory_analysis()
+    memory = ahead_of_time.compile_for_tpu(fn, shapes, "v5e").memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
   assert temporaries(4 * LENGTH) < 4.5 * temporaries(LENGTH)
