@@ -104,6 +104,7 @@ def main(argv):
         compiled = ahead_of_time.compile_for_tpu(fn, shapes, tpu)
         seconds = time.perf_counter() - start
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        assert memory is not None and cost is not None, "libtpu has both"
         record = writer.write(
           tpu=tpu,
           kernel=name,

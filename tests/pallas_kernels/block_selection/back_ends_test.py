@@ -9,7 +9,7 @@ from pallas_kernels.block_selection import api, triton
 from tests.pallas_kernels.block_selection import suite
 
 
-class TestReference(suite.BlockSelectionSuite):
+class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
@@ -17,7 +17,7 @@ class TestXla(suite.BlockSelectionSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.InterpretedSuite):
+class TestTritonInterpreted(suite.BriefSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)

@@ -190,8 +190,8 @@ class JittedSuite(BlockSparseAttentionSuite):
 class InterpretedSuite(JittedSuite):
   """Fewer cases, for kernels that a CPU interprets slowly.
 
-  Between them: ragged batches, empty rows, each dtype, GQA, one query block,
-  both kinds of masks, and lists in any order.
+  Between them: ragged batches, empty rows, GQA, both kinds of masks, lists in
+  any order, and gradients.
   """
 
   @pytest.mark.parametrize(
@@ -199,7 +199,6 @@ class InterpretedSuite(JittedSuite):
     [
       ("ragged", "float32"),
       ("bidirectional", "bfloat16"),
-      ("one_query_block", "float16"),
     ],
   )
   def test_matches_float64(self, name, dtype):
@@ -210,5 +209,7 @@ class InterpretedSuite(JittedSuite):
     super().test_gradients_match_reference(name)
 
   # The cases above see these too.
+  test_empty_rows_are_zero = None
   test_full_lists_are_dense_attention = None
   test_same_bits_twice = None
+  test_tolerance_sees_one_dropped_block = None

@@ -10,7 +10,7 @@ from pallas_kernels.column_score_sampling import api, mosaic_tpu, triton
 from tests.pallas_kernels.column_score_sampling import suite
 
 
-class TestReference(suite.ColumnScoreSamplingSuite):
+class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
@@ -18,7 +18,7 @@ class TestXla(suite.ColumnScoreSamplingSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.InterpretedSuite):
+class TestTritonInterpreted(suite.BriefSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ class TestTritonInterpreted(suite.InterpretedSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
 
 
-class TestMosaicTpuInterpreted(suite.InterpretedSuite):
+class TestMosaicTpuInterpreted(suite.BriefSuite):
   implementation = "mosaic_tpu"
 
   @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pallas_kernels.composite_scores import api, mosaic_tpu, triton
 from tests.pallas_kernels.composite_scores import suite
 
 
-class TestReference(suite.CompositeScoresSuite):
+class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
@@ -16,7 +16,7 @@ class TestXla(suite.CompositeScoresSuite):
   implementation = "xla"
 
 
-class TestTritonInterpreted(suite.InterpretedSuite):
+class TestTritonInterpreted(suite.BriefSuite):
   implementation = "triton"
 
   @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ class TestTritonInterpreted(suite.InterpretedSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
 
 
-class TestMosaicTpuInterpreted(suite.InterpretedSuite):
+class TestMosaicTpuInterpreted(suite.BriefSuite):
   implementation = "mosaic_tpu"
 
   @pytest.fixture(autouse=True)

@@ -171,10 +171,10 @@ class CompositeScoresSuite:
     helpers.assert_same(run(arrays, offset), expected, self.tolerance)
 
 
-class InterpretedSuite(CompositeScoresSuite):
-  """Fewer cases, for kernels that a CPU interprets slowly."""
+class BriefSuite(CompositeScoresSuite):
+  """Fewer cases, for the reference and what a CPU interprets slowly."""
 
-  @pytest.mark.parametrize("name", ["no_grouping", "ragged", "bidirectional"])
+  @pytest.mark.parametrize("name", ["ragged", "bidirectional"])
   def test_matches_float64(self, name):
     super().test_matches_float64(name)
 
