@@ -8,9 +8,14 @@ import numpy as np
 import rich.table
 
 TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
-# Smallest score of a kept block, as a multiple of a row's mean over its blocks.
+# Smallest score of a kept block, as a multiple of 1 / num_blocks.
 THRESHOLDS = (4.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
-RULES = {"top_p": TOP_P, "threshold": THRESHOLDS}
+FLOOR = 0.8  # of the scores of a row, whatever the threshold
+RULES = {
+  "top_p": TOP_P,
+  "threshold": THRESHOLDS,
+  "threshold_floor": THRESHOLDS,
+}
 FORCED_SINK = 1
 _POINTS = 400  # of a curve, for interpolation
 
@@ -20,7 +25,8 @@ def curves(scores: np.ndarray, mass: np.ndarray) -> dict[str, Any]:
 
   The first block and the diagonal are always kept. "top_p" takes the others in
   falling order of score until a row's scores reach p. "threshold" takes those
-  whose score exceeds a fixed value, the same for all rows and heads.
+  whose score exceeds a fixed value, the same for all rows and heads;
+  "threshold_floor" adds what top_p of `FLOOR` takes.
 
   Args:
     scores: [num_mask_heads, num_blocks, num_blocks], rows sum to 1.
@@ -51,6 +57,8 @@ def curves(scores: np.ndarray, mass: np.ndarray) -> dict[str, Any]:
         count = (before < budget).sum(-1)
       else:
         count = (key > budget / num_blocks).sum(-1)
+      if rule == "threshold_floor":
+        count = np.maximum(count, (before < FLOOR).sum(-1))
       counts.append(np.clip(count, num_forced, num_visible))
     # [num_heads, num_blocks, num_budgets]
     counts = np.stack(counts, axis=-1)

@@ -143,6 +143,24 @@ class Refined:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LargestOfHeads:
+  """The largest score of the heads that share a mask.
+
+  Attributes:
+    scores: of each head.
+    head_group: consecutive query heads that share a mask.
+  """
+
+  scores: Composite = Composite(head_group=1)
+  head_group: int = 3
+
+  def __call__(self, q, k):
+    scores = self.scores(q, k)
+    scores = scores.reshape(-1, self.head_group, *scores.shape[1:]).max(1)
+    return scores / scores.sum(-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Antidiagonal:
   """XAttention's scores, for comparison."""
 
@@ -176,6 +194,10 @@ VARIANTS = {
   "mean 8": _C(window_q=8, window_kv=8),
   "mean 32": _C(window_q=32, window_kv=32),
   "mean 16, one mask a head": _C(head_group=1),
+  "mean 8, one mask a head": _C(window_q=8, window_kv=8, head_group=1),
+  "mean 32, one mask a head": _C(window_q=32, window_kv=32, head_group=1),
+  "mean 64, one mask a head": _C(window_q=64, window_kv=64, head_group=1),
+  "mean 16, largest of 3 heads": LargestOfHeads(),
   "mean 16, one mask for 6 heads": _C(head_group=6),
   "queries 16, keys 1": _C(window_kv=1),
   "queries 16, keys 4": _C(window_kv=4),

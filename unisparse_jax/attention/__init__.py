@@ -25,6 +25,14 @@ from unisparse_jax.attention.executor import merge as merge
 from unisparse_jax.attention.executor import (
   sparse_attention as sparse_attention,
 )
+from unisparse_jax.attention.layered import Calibration as Calibration
+from unisparse_jax.attention.layered import (
+  LayeredAttention as LayeredAttention,
+)
+from unisparse_jax.attention.layered import for_layer as for_layer
+from unisparse_jax.attention.layered import (
+  load_calibration as load_calibration,
+)
 from unisparse_jax.attention.patterns.dense import Dense as Dense
 from unisparse_jax.attention.patterns.flexprefill import (
   FlexPrefill as FlexPrefill,
@@ -44,6 +52,9 @@ from unisparse_jax.attention.patterns.sample_attention import (
 )
 from unisparse_jax.attention.patterns.streaming import Streaming as Streaming
 from unisparse_jax.attention.patterns.unisparse import UniSparse as UniSparse
+from unisparse_jax.attention.patterns.unisparse_threshold import (
+  UniSparseThreshold as UniSparseThreshold,
+)
 from unisparse_jax.attention.patterns.xattention import (
   XAttention as XAttention,
 )

@@ -17,6 +17,7 @@ from unisparse_jax.attention.patterns import (
   sample_attention,
   streaming,
   unisparse,
+  unisparse_threshold,
   xattention,
 )
 
@@ -66,6 +67,7 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
   "sample_attention_v1": sample_attention.SampleAttentionV1,
   "streaming": streaming.Streaming,
   "unisparse": unisparse.UniSparse,
+  "unisparse_threshold": unisparse_threshold.UniSparseThreshold,
   "xattention": xattention.XAttention,
 }
 

@@ -37,6 +37,7 @@ SOME = {
   "sample_attention_v1": dict(top_p=0.5, max_columns=40, **BLOCKS),
   "oracle": dict(top_p=0.5, **BLOCKS),
   "random_blocks": dict(density=0.3, **BLOCKS),
+  "unisparse_threshold": dict(min_score=1.5, window_q=4, window_kv=4, **BLOCKS),
 }
 # Budgets that keep everything.
 ALL = {
@@ -50,6 +51,7 @@ ALL = {
   "sample_attention_v1": dict(top_p=1.0, max_columns=CAPACITY),
   "oracle": dict(top_p=1.0),
   "random_blocks": dict(density=1.0),
+  "unisparse_threshold": dict(min_score=0.0),
 }
 ONLY_CAUSAL = ("flexprefill", "minference")
 KEEPS_ITS_WINDOW_ALONE = "streaming"  # its bidirectional rows may be empty
@@ -201,6 +203,10 @@ def test_causal_methods_refuse_bidirectional_attention(name):
     ("sample_attention_v1", dict(max_columns=0), r"max_columns must be"),
     ("oracle", dict(head_group=0), r"head_group must be"),
     ("random_blocks", dict(density=0.0), r"density must be in"),
+    ("unisparse_threshold", dict(min_score=-0.1), r"min_score must be a fin"),
+    ("unisparse_threshold", dict(min_score=(1.0, np.nan)), r"min_score must"),
+    ("unisparse_threshold", dict(min_score=()), r"min_score must not be empty"),
+    ("unisparse_threshold", dict(window_q=3), r"window_q must divide block_q"),
     ("random_blocks", dict(seed=-1), r"seed must be an integer >= 0"),
   ],
 )
@@ -282,6 +288,23 @@ def test_no_selector_holds_more_than_the_best_blocks_by_true_mass():
     ceiling = np.take_along_axis(best, counts[..., None] - 1, axis=-1)[..., 0]
     held = np.where(kept, mass, 0.0).sum(-1)
     assert (held <= ceiling + 1e-6).all()
+
+
+def test_a_threshold_cuts_all_rows_at_one_score():
+  q, k, _ = helpers.make_qkv(q_len=128, num_heads=HEADS, head_dim=DIM)
+  pattern = make("unisparse_threshold", min_score=2.0, num_sink_blocks=0)
+  mask = pattern.select(3.0 * q, k)
+  scores = np.asarray(
+    make("unisparse", window_q=4, window_kv=4, head_group=1).block_scores(
+      3.0 * q, k, mask.grid
+    )
+  )
+  best = scores == scores.max(-1, keepdims=True)
+  expected = (scores >= 2.0 / 16) | best
+  expected |= np.asarray(mask.grid.diagonal())[:, None]
+  expected &= np.asarray(mask.grid.admissible())[:, None]
+  np.testing.assert_array_equal(mask.to_dense(), expected)
+  assert 0.1 < expected.mean() < 0.4
 
 
 @pytest.mark.parametrize(
