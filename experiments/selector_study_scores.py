@@ -65,7 +65,7 @@ def _composite(settings: Composite, q, k):
   mean = windows.mean(1)
   first_key = jnp.arange(len(windows), dtype=jnp.int32) * window
   per_block = settings.block // window
-  weight = jnp.zeros((), jnp.float32)
+  weight = jnp.zeros((1,), jnp.float32)
   if settings.key == "outlier":
     per_block *= 2
     distance = jnp.square(windows - mean[:, None]).sum(-1)
@@ -92,7 +92,7 @@ def _composite(settings: Composite, q, k):
       logits += 0.5 * jnp.einsum("rmd,vmd->mrv", strip**2, windows.var(1))
     elif settings.variance == "full":
       logits += 0.5 * jnp.einsum("rmd,mvde,rme->mrv", strip, spread, strip)
-    return logits + weight
+    return logits + weight[None, None, :]
 
   def one_block(operands):
     strip, index = operands
