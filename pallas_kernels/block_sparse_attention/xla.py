@@ -6,17 +6,18 @@ inner loop runs as often as the tile's list is long (`lax.fori_loop` with a
 dynamic bound), hence time follows the number of kept blocks and memory is that
 of q, k, v and out.
 
-Measured on 2 CPU cores, float32, 6 heads on 2 key heads of 64, 8K tokens,
-blocks of 128, GFLOP/s on kept blocks, by the number of blocks read at once:
+The list's first blocks, which need a per-token mask, are read one at a time,
+together with as many others as leave a multiple of `blocks_per_step`; the rest
+are read that many at once without a mask.
 
-  density   1 block   2      4      8
-  1.00      81        97     101    116
-  0.25      77        90     87     87
-  0.10      72        76     62     50
-  0.05      66        60     41     26
+Measured on 2 CPU cores, float32, 6 heads on 2 key heads of 64, 8K tokens, real
+masks with blocks of 128, GFLOP/s on kept blocks, by (blocks of a masked step,
+blocks of a free step); "all masked" is one loop that masks every step:
 
-Reading more amortises the loop but rounds short lists up: 2 is the default,
-and dense attention, whose lists are long, asks for 8.
+  density   2, all masked   8, all masked   2, 4   2, 8   1, 2   1, 4
+  1.00      105             117             130    137    121    135
+  0.73      105             111             128    134    121    134
+  0.38       99              97             119    122    119    130
 
 An accelerator runs many tiles abreast, each as long as the longest list among
 them; a CPU runs them one by one.
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LOG2_E = math.log2(math.e)
+_BACKWARD_STEP = 2  # blocks that dq reads at once, all masked
 _TILES_ABREAST = 128  # on accelerators
 _MASKED = -1e30  # finite: a row of masked logits must not make NaN
 
@@ -47,9 +48,9 @@ def block_sparse_attention(
   block_kv,
   causal,
   scale,
-  blocks_per_step=2,
+  blocks_per_step=4,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `api.block_sparse_attention`; blocks_per_step: blocks read at once."""
+  """See `api.block_sparse_attention`; blocks_per_step: read without a mask."""
   settings = (block_q, block_kv, causal, scale, blocks_per_step)
   return _attention(
     q, k, v, kv_block_indices, num_kv_blocks, q_offset, kv_len, settings
@@ -89,6 +90,7 @@ class _Layout:
     self.num_q_blocks = math.ceil(self.q_len / self.block_q)
     self.num_kv_blocks = math.ceil(self.kv_len / self.block_kv)
     self.step = min(step, self.num_kv_blocks)
+    self.backward_step = min(_BACKWARD_STEP, self.num_kv_blocks)
 
   def to_q_tiles(self, x):
     """[batch, q_len, num_heads, ...] to [batch * units * q blocks, rows, ...].
@@ -147,10 +149,21 @@ class _Layout:
     lists = jnp.repeat(lists, self.units // self.num_mask_heads, axis=1)
     return lists.reshape(-1, *lists.shape[3:])
 
-  def pad_lists(self, indices):
-    """Appends room so that a step may read past the last list entry."""
-    pad = [(0, 0)] * (indices.ndim - 1) + [(0, self.step - 1)]
-    return jnp.pad(indices, pad)
+  def num_masked(self, block_list, length, first_position, kv_len):
+    """Length of the list's shortest head that holds all blocks to be masked.
+
+    Args:
+      block_list: int32 [slots].
+      length: blocks in the list.
+      first_position: absolute position of the tile's first query.
+      kv_len: number of valid keys.
+    """
+    all_visible = kv_len
+    if self.causal:
+      all_visible = jnp.minimum(all_visible, first_position + 1)
+    slot = jnp.arange(block_list.shape[0], dtype=jnp.int32)
+    needs_mask = (block_list + 1) * self.block_kv > all_visible
+    return jnp.max(jnp.where(needs_mask & (slot < length), slot + 1, 0))
 
   def is_visible(self, q_positions, kv_positions, kv_len):
     """bool [rows, keys]: which pairs of absolute positions may attend."""
@@ -163,46 +176,65 @@ class _Layout:
 def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
   tiling = _Layout(q, k, indices, settings)
   rows = tiling.group * tiling.block_q
-  keys = tiling.step * tiling.block_kv
   k_blocks, v_blocks = tiling.to_kv_blocks(k), tiling.to_kv_blocks(v)
-  lists = tiling.lists_by_unit(tiling.pad_lists(indices))
+  lists = tiling.lists_by_unit(indices)
   list_lengths = tiling.lists_by_unit(counts)
-  # Scale and base-2 exponent are folded into q once.
+  # The scale is folded into q once.
   q_tiles = tiling.to_q_tiles(
-    (q.astype(jnp.float32) * (tiling.scale * _LOG2_E)).astype(q.dtype)
+    (q.astype(jnp.float32) * tiling.scale).astype(q.dtype)
   )
 
   def attend_tile(operands):
     q_tile, block_list, length, tile = operands
     b, _, q_block, first_kv = tiling.split_tile(tile, tiling.num_q_blocks)
+    first_position = q_offset[b] + q_block * tiling.block_q
     row = jnp.tile(jnp.arange(tiling.block_q), tiling.group)
-    q_positions = q_offset[b] + q_block * tiling.block_q + row
 
-    def step(index, carry):
+    def attend(blocks, is_visible, carry):
       row_max, row_sum, acc = carry
-      blocks, kv_positions = _read_list(tiling, block_list, length, index)
+      keys = blocks.size * tiling.block_kv
       k_step = k_blocks[first_kv + blocks].reshape(keys, -1)
       v_step = v_blocks[first_kv + blocks].reshape(keys, -1)
       attn_logits = _dot(q_tile, k_step, 1)
-      visible = tiling.is_visible(q_positions, kv_positions, kv_len[b])
-      attn_logits = jnp.where(visible, attn_logits, _MASKED)
+      if is_visible is not None:
+        attn_logits = jnp.where(is_visible, attn_logits, _MASKED)
       new_max = jnp.maximum(row_max, attn_logits.max(-1))
-      # The select keeps rows without any key at a sum of 0.
-      p = jnp.where(visible, jnp.exp2(attn_logits - new_max[:, None]), 0.0)
-      shrink = jnp.exp2(row_max - new_max)
+      p = jnp.exp(attn_logits - new_max[:, None])
+      if is_visible is not None:
+        # Keeps rows without any key at a sum of 0.
+        p = jnp.where(is_visible, p, 0.0)
+      shrink = jnp.exp(row_max - new_max)
       acc = acc * shrink[:, None] + _dot(p.astype(v.dtype), v_step, 0)
       return new_max, row_sum * shrink + p.sum(-1), acc
 
-    start = (
+    def masked_step(index, carry):
+      block = lax.dynamic_slice(block_list, (index,), (1,))
+      key = jnp.arange(tiling.block_kv)
+      is_visible = tiling.is_visible(
+        first_position + row, block * tiling.block_kv + key, kv_len[b]
+      )
+      return attend(block, is_visible, carry)
+
+    def free_step(index, carry):
+      start = num_first + index * tiling.step
+      blocks = lax.dynamic_slice(block_list, (start,), (tiling.step,))
+      return attend(blocks, None, carry)
+
+    num_masked = tiling.num_masked(
+      block_list, length, first_position, kv_len[b]
+    )
+    num_first = num_masked + (length - num_masked) % tiling.step
+    carry = (
       jnp.full((rows,), _MASKED, jnp.float32),
       jnp.zeros((rows,), jnp.float32),
       jnp.zeros((rows, tiling.head_dim), jnp.float32),
     )
-    num_steps = (length + tiling.step - 1) // tiling.step
-    row_max, row_sum, acc = lax.fori_loop(0, num_steps, step, start)
+    carry = lax.fori_loop(0, num_first, masked_step, carry)
+    num_free_steps = (length - num_first) // tiling.step
+    row_max, row_sum, acc = lax.fori_loop(0, num_free_steps, free_step, carry)
     is_empty = row_sum == 0.0
     out = acc / jnp.where(is_empty, 1.0, row_sum)[:, None]
-    lse = jnp.where(is_empty, -jnp.inf, (row_max + jnp.log2(row_sum)) / _LOG2_E)
+    lse = jnp.where(is_empty, -jnp.inf, row_max + jnp.log(row_sum))
     return out.astype(q.dtype), lse
 
   tiles = jnp.arange(q_tiles.shape[0])
@@ -241,9 +273,12 @@ def _logit_gradient(tiling, q, k, v, d_out, lse, delta, visible):
 def _backward_q(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
   """dq: every query tile walks its own list again."""
   k_blocks, v_blocks = kv_side
-  keys = tiling.step * tiling.block_kv
+  per_step = tiling.backward_step
+  keys = per_step * tiling.block_kv
   rows = tiling.group * tiling.block_q
-  lists = tiling.lists_by_unit(tiling.pad_lists(indices))
+  # Room so that a step may read past the last list entry.
+  pad = ((0, 0),) * (indices.ndim - 1) + ((0, per_step - 1),)
+  lists = tiling.lists_by_unit(jnp.pad(indices, pad))
   list_lengths = tiling.lists_by_unit(counts)
 
   def tile_gradient(operands):
@@ -262,7 +297,7 @@ def _backward_q(tiling, q_side, kv_side, indices, counts, q_offset, kv_len):
       )
       return dq + _dot(d_logits.astype(k_step.dtype), k_step, 0)
 
-    num_steps = (length + tiling.step - 1) // tiling.step
+    num_steps = (length + per_step - 1) // per_step
     dq = jnp.zeros((rows, tiling.head_dim), jnp.float32)
     return lax.fori_loop(0, num_steps, step, dq) * tiling.scale
 
@@ -370,10 +405,10 @@ def _map_tiles(fn, operands):
 
 
 def _read_list(tiling, block_list, length, index):
-  """Blocks of one step and their keys' positions; past the end: invisible."""
-  start = index * tiling.step
-  blocks = lax.dynamic_slice(block_list, (start,), (tiling.step,))
-  key = jnp.arange(tiling.step * tiling.block_kv)
+  """Blocks of dq's step and their keys' positions; past the end: invisible."""
+  start = index * tiling.backward_step
+  blocks = lax.dynamic_slice(block_list, (start,), (tiling.backward_step,))
+  key = jnp.arange(tiling.backward_step * tiling.block_kv)
   positions = jnp.repeat(blocks * tiling.block_kv, tiling.block_kv)
   positions += key % tiling.block_kv
   is_listed = start + key // tiling.block_kv < length
