@@ -2,6 +2,7 @@
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_the_plain_variant_is_the_patterns_own_score():
     window_q=8, window_kv=4, block_q=32, block_kv=32
   )
   grid = attention.BlockGrid.create(q, k, block_q=32, block_kv=32)
-  expected = pattern.block_scores(q, k, grid)[0]
+  expected = jax.jit(pattern.block_scores)(q, k, grid)[0]
   np.testing.assert_allclose(ours(q[0], k[0]), expected, atol=1e-5)
 
 
@@ -114,17 +115,17 @@ def test_curves_count_what_a_mask_keeps():
   blocks = dict(block_q=32, block_kv=32)
   grid = attention.BlockGrid.create(q, k, **blocks)
   pattern = attention.UniSparse(window_q=8, window_kv=8, **blocks)
-  scores = np.asarray(pattern.block_scores(q, k, grid)[0], np.float64)
-  mass = np.asarray(attention.metrics.block_mass(q, k, grid)[0], np.float64)
+  scores = np.asarray(jax.jit(pattern.block_scores)(q, k, grid)[0])
+  mass = np.asarray(jax.jit(attention.metrics.block_mass)(q, k, grid)[0])
   found = selector_study_curves.curves(scores, mass)["top_p"]
   for p in (0.7, 0.9):
-    mask = attention.UniSparse(
-      top_p=p, window_q=8, window_kv=8, **blocks
-    ).select(q, k)
+    pattern = attention.UniSparse(top_p=p, window_q=8, window_kv=8, **blocks)
+    mask = jax.jit(pattern.select)(q, k)
     index = selector_study_curves.TOP_P.index(p)
     density = np.repeat(np.asarray(attention.metrics.density(mask))[0], 2)
     np.testing.assert_allclose(found["density"][:, index], density, atol=1e-6)
-    recall = np.asarray(attention.metrics.recall(q, k, mask))[0].mean(0)
+    recall = np.asarray(jax.jit(attention.metrics.recall)(q, k, mask))
+    recall = recall[0].mean(0)
     np.testing.assert_allclose(found["recall"][:, index], recall, atol=1e-5)
 
 

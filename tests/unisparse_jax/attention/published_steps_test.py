@@ -59,7 +59,6 @@ CASES = {
     ),
     **MINFERENCE,
   ),
-  "minference one kind": dict(heads=(("vertical_slash", 9, 3),), **MINFERENCE),
   "oracle": dict(top_p=0.5, head_group=1, **BLOCKS),
   "oracle wide": dict(top_p=(0.4, 0.7), head_group=2, **WIDE_KEYS),
 }
