@@ -24,6 +24,7 @@ BUDGETS = {
   "sample_attention": "top_p",
   "sample_attention_v1": "top_p",
   "unisparse": "top_p",
+  "unisparse_threshold": "min_score",
   "xattention": "top_p",
 }
 PROFILER = "xattention_profiler"

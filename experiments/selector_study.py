@@ -134,12 +134,8 @@ def measure(q, k, block: int, previous: dict):
     k.shape[1], -1, *mass.shape[1:]
   ).mean(1)
   for name, variant in selector_study_scores.VARIANTS.items():
-    scores[name] = np.asarray(
-      dataclasses.replace(variant, block=block)(q, k)
-      if hasattr(variant, "block")
-      else variant(q, k),
-      np.float64,
-    )
+    variant = selector_study_scores.with_block(variant, block)
+    scores[name] = np.asarray(variant(q, k), np.float64)
   base = scores["mean 16"]
   scores["mean 16 of the layer before"] = previous.get("base", base)
   scores["mean 16, with the layer before"] = 0.5 * (

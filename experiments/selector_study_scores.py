@@ -179,6 +179,18 @@ def _antidiagonal(settings: Antidiagonal, q, k):
   return pattern.block_scores(q, k, grid)
 
 
+def with_block(variant, block: int):
+  """The variant, and those inside it, for blocks of this many tokens."""
+  changes = {}
+  for field in dataclasses.fields(variant):
+    value = getattr(variant, field.name)
+    if field.name == "block":
+      changes["block"] = block
+    elif dataclasses.is_dataclass(value):
+      changes[field.name] = with_block(value, block)
+  return dataclasses.replace(variant, **changes)
+
+
 @functools.partial(jax.jit, static_argnames="block")
 def true_mass(q, k, *, block):
   """Dense softmax mass of each block, by query head."""

@@ -73,6 +73,12 @@ def test_bad_settings_are_named():
       )
 
 
+def test_a_block_size_reaches_nested_variants():
+  for variant in selector_study_scores.VARIANTS.values():
+    text = repr(selector_study_scores.with_block(variant, 64))
+    assert "block=64" in text and "block=128" not in text
+
+
 def test_the_plain_variant_is_the_patterns_own_score():
   q, k, _ = helpers.make_qkv(q_len=128, num_heads=6)
   ours = selector_study_scores.Composite(
