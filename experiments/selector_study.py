@@ -31,6 +31,15 @@ from unisparse_jax import attention, data, models, records, tasks
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _PER_HEAD = ("oracle", "mean 16")  # whose curves are kept by head
 _CODE = "code"
+_MADE = (  # of the last record, that the table can be judged by
+  "settings",
+  "time_utc",
+  "commit",
+  "dirty",
+  "device_kind",
+  "cpu_count",
+  "versions",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +163,9 @@ def measure(q, k, block: int, previous: dict):
 
 def report(found, config: StudyConfig, workdir, console):
   """Prints the tables and writes them."""
-  calibration = calibrate(found, config)
+  calibration = selector_study_curves.calibrate(
+    found, config.lengths, config.texts, config.targets, _PER_HEAD
+  )
   for record in found:
     for name in _PER_HEAD:
       for curve in record["curves"][name].values():
@@ -164,52 +175,11 @@ def report(found, config: StudyConfig, workdir, console):
   console.print(selector_study_curves.rich_table(rows, config.targets))
   for line in calibration:
     console.print(line)
+  made = {key: found[-1][key] for key in _MADE if key in found[-1]}
   records.write_json(
-    workdir / "table.json", {"rows": rows, "calibration": calibration}
+    workdir / "table.json",
+    {"made": made, "rows": rows, "calibration": calibration},
   )
-
-
-def calibrate(found, config: StudyConfig) -> list[dict]:
-  """Budgets by head: chosen on all texts but one, judged on that one."""
-  lines = []
-  for length in config.lengths:
-    for name in _PER_HEAD:
-      for target in config.targets:
-        judged: dict[str, list] = {}
-        for held_out in config.texts if len(config.texts) > 1 else ():
-
-          def heads(is_test, length=length, name=name, held_out=held_out):
-            by_text = {}
-            for r in found:
-              if r["length"] == length and (r["text"] == held_out) == is_test:
-                curve = r["curves"][name]["top_p"]
-                by_text.setdefault(r["text"], []).append(
-                  (curve["density"], curve["recall"])
-                )
-            stacked = [
-              [np.concatenate(x) for x in zip(*layers, strict=True)]
-              for layers in by_text.values()
-            ]
-            return np.mean(stacked, axis=0)
-
-          chosen = selector_study_curves.calibrated(
-            heads(False), heads(True), target
-          )
-          for how, value in chosen.items():
-            judged.setdefault(how, []).append(value)
-        for how, values in judged.items():
-          density, recall = np.mean(values, axis=0)
-          lines.append(
-            {
-              "length": length,
-              "scores": name,
-              "target": target,
-              "budgets": how,
-              "density": round(float(density), 4),
-              "recall": round(float(recall), 4),
-            }
-          )
-  return lines
 
 
 if __name__ == "__main__":

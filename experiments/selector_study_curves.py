@@ -126,6 +126,59 @@ def calibrated(calibration, test, target: float) -> dict[str, float]:
   }
 
 
+def calibrate(found, lengths, texts, targets, names) -> list[dict]:
+  """Budgets by head: chosen on all texts but one, judged on that one.
+
+  Args:
+    found: records with curves by head of the named variants.
+    lengths: as of the study.
+    texts: likewise.
+    targets: recalls aimed at.
+    names: variants.
+
+  Returns:
+    Density and recall on the text left out, mean over which one that is, for
+    each way of `calibrated`.
+  """
+  lines = []
+  for length in lengths:
+    for name in names:
+      for target in targets:
+        judged: dict[str, list] = {}
+        for held_out in texts if len(texts) > 1 else ():
+
+          def heads(is_test, length=length, name=name, held_out=held_out):
+            by_text = {}
+            for r in found:
+              if r["length"] == length and (r["text"] == held_out) == is_test:
+                curve = r["curves"][name]["top_p"]
+                by_text.setdefault(r["text"], []).append(
+                  (curve["density"], curve["recall"])
+                )
+            stacked = [
+              [np.concatenate(x) for x in zip(*layers, strict=True)]
+              for layers in by_text.values()
+            ]
+            return np.mean(stacked, axis=0)
+
+          chosen = calibrated(heads(False), heads(True), target)
+          for how, value in chosen.items():
+            judged.setdefault(how, []).append(value)
+        for how, values in judged.items():
+          density, recall = np.mean(values, axis=0)
+          lines.append(
+            {
+              "length": length,
+              "scores": name,
+              "target": target,
+              "budgets": how,
+              "density": round(float(density), 4),
+              "recall": round(float(recall), 4),
+            }
+          )
+  return lines
+
+
 def table(
   records: Sequence[dict[str, Any]], targets: Sequence[float]
 ) -> list[dict[str, Any]]:
@@ -146,10 +199,10 @@ def table(
         )
         row = {"length": length, "variant": variant, "rule": rule}
         for target in targets:
-          row[f"density@{target}"] = density_at(density, recall, target)
-          row[f"p1@{target}"] = float(
-            np.interp(row[f"density@{target}"], np.sort(density), np.sort(p1))
-          )
+          needed = density_at(density, recall, target)
+          at_needed = np.interp(needed, np.sort(density), np.sort(p1))
+          row[f"density@{target}"] = round(needed, 4)
+          row[f"p1@{target}"] = round(float(at_needed), 4)
         rows.append(row)
   return rows
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import base64
 import json
+import re
 import types
 
 import pytest
@@ -9,45 +11,60 @@ from experiments import (
   frontier,
   frontier_config,
   frontier_figures,
+  long_context,
   long_context_config,
   long_context_run,
 )
-from unisparse_jax import models
+from unisparse_jax import models, records
 
 
-@pytest.fixture
-def run_main(monkeypatch, model_folder, in_process):
-  def run(workdir, **overrides):
-    config = smoke.get_config()
-    config.model = str(model_folder)
-    with config.unlocked():
-      config.update(overrides)
-    for name, value in (("_CONFIG", config), ("_WORKDIR", str(workdir))):
-      monkeypatch.setattr(frontier, name, types.SimpleNamespace(value=value))
-    frontier.main(["frontier"])
+def test_writes_a_table_and_a_report(monkeypatch, tmp_path, capsys):
+  def measure_all(config, workdir, console):
+    """Records as a run writes them, without the run."""
+    folder = records.claim_workdir(workdir, {"model": config.model})
+    writer = records.RecordWriter(
+      folder / "records.jsonl", {"model": config.model, "dtype": "float32"}
+    )
+    labels = ["dense", *(entry.label for entry in config.entries)]
+    for cost, label in enumerate(labels, start=1):
+      key = dict(pattern=label, length=768)
+      quality = dict.fromkeys(
+        ("recall", "recall_p1", "cra", "relative_l1", "cosine"), 0.9
+      )
+      density = dict(density=0.1 * cost, nominal_density=0.09 * cost)
+      times = dict(select_ms=0.5, attend_ms=cost, total_ms=cost, peak_bytes=9)
+      answer = dict(scores=[1.0], texts=["1"], targets=[["1"]], score=1.0)
+      writer.write(kind="answers", item="vt", **key, **answer)
+      writer.write(
+        kind="next_token", item="", kl=0.1 / cost, agreement=1, loss=1, **key
+      )
+      writer.write(kind="layers", item="0", **key, **quality, **density)
+      writer.write(kind="attention_time", item="0", **key, **times)
+    return records.read(folder / "records.jsonl"), folder
 
-  return run
-
-
-def test_writes_records_a_table_and_a_report(run_main, tmp_path, capsys):
+  monkeypatch.setattr(long_context, "measure_all", measure_all)
   workdir = tmp_path / "run"
-  sweep = dict(
-    label="blocks",
-    method="random_blocks",
-    budget="density",
-    values=(0.3, 1.0),
-    block_q=64,
-    block_kv=64,
-    measure=("next_token", "layers"),
-  )
-  run_main(workdir, sweeps=(sweep,), lengths=(320,), tasks=())
+  for name, value in (
+    ("_CONFIG", smoke.get_config()),
+    ("_WORKDIR", str(workdir)),
+  ):
+    monkeypatch.setattr(frontier, name, types.SimpleNamespace(value=value))
+  frontier.main(["frontier"])
   report = workdir / "report.html"
   assert capsys.readouterr().out.strip().endswith(f"Report: {report}")
   text = report.read_text()
-  assert "Quality against cost, 320 tokens" in text
-  assert "blocks 0.3" in text and "blocks 1.0" in text
+  assert "Quality against cost, 768 tokens" in text
+  (picture,) = re.findall(r"src='data:image/png;base64,([^']+)'", text)
+  assert base64.b64decode(picture).startswith(b"\x89PNG")
+  for label in ("unisparse 0.6", "unisparse 0.9", "random 0.3", "streaming"):
+    assert label in text
   matched = json.loads((workdir / "matched.json").read_text())
-  assert matched == [{"length": 320, "pattern": "blocks"}]  # no scores taken
+  assert [line["pattern"] for line in matched] == [
+    "unisparse",
+    "random",
+    "streaming",
+  ]
+  assert matched[0]["budget"] == 0.6  # the faster of two that keep the score
 
 
 def test_a_sweep_becomes_one_pattern_a_budget():
