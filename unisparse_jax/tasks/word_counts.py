@@ -29,6 +29,9 @@ _FWE_INTRO = (
 class CommonWords(base.Task):
   """The words that appear more often than the others in a numbered list.
 
+  A training document has 1 to num_common common words, so that there are easy
+  ones: with one, no word of the answer has to be left out of what follows.
+
   Attributes:
     num_common: words asked for.
   """
@@ -38,10 +41,13 @@ class CommonWords(base.Task):
 
   def build(self, rng, haystack, tokenizer, budget, *, training):
     del haystack
+    num_common = self.num_common
     if training:
+      if rng.random() < 0.5:
+        num_common = int(rng.integers(1, num_common + 1))
       # Both of RULER's settings and what lies between and below them; common
       # words take at most half of the list.
-      most = min(31, budget // (16 * self.num_common))
+      most = min(31, budget // (16 * num_common))
       if most < 3:
         raise base.TooSmallError
       common_count = int(rng.integers(min(5, most), most + 1))
@@ -52,10 +58,10 @@ class CommonWords(base.Task):
       common_count, other_count = 6, 1
 
     intro = tokenizer.encode(_CWE_INTRO)
-    common = _draw_words(rng, self.num_common, set())
+    common = _draw_words(rng, num_common, set())
     question = base.Question(
       prompt=(
-        f"# What are the {self.num_common} most common words in the above "
+        f"# What are the {num_common} most common words in the above "
         "list?\n# The most common words are:"
       ),
       answer=f" {' '.join(common)}\n",
@@ -83,8 +89,8 @@ class CommonWords(base.Task):
       raise base.TooSmallError
     order = np.concatenate(
       [
-        np.repeat(np.arange(self.num_common), common_count),
-        np.repeat(np.arange(num_others) + self.num_common, other_count),
+        np.repeat(np.arange(num_common), common_count),
+        np.repeat(np.arange(num_others) + num_common, other_count),
       ]
     )
     order = rng.permutation(order)
