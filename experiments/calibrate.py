@@ -60,7 +60,9 @@ def main(argv):
       writer.write(text=text, layer=layer, seconds=seconds, **measured)
       console.print(f"{text} layer {layer}: {seconds:.1f} s")
 
-  layers = calibrate_search.choose(config, records.read(file), num_layers)
+  found = records.read(file)
+  layers = calibrate_search.choose(config, found, num_layers)
+  single = calibrate_search.single_budget(config, found)
   calls = models.capture_qkv(model, config.tokens(corpus, config.test_text))
   dense_below, times = calibrate_search.measure_dense_below(
     config, calls[num_layers // 2], layers[num_layers // 2]
@@ -76,7 +78,10 @@ def main(argv):
       "length": config.length,
       "texts": config.texts,
       "test_text": config.test_text,
-      "test": check(calibration_patterns(config, layers), calls),
+      "test": check(config, layers, calls),
+      "single_budget": single,
+      "single_budget_test": single
+      and check(config, (single,) * num_layers, calls),
       "dense_below_ms": times,
     },
   )
@@ -89,16 +94,13 @@ def main(argv):
   console.print(f"Calibration: {path.absolute()}", soft_wrap=True)
 
 
-def calibration_patterns(config, layers) -> list[attention.Pattern]:
-  """The pattern of each layer."""
-  return [config.make_pattern(**settings) for settings in layers]
-
-
-def check(patterns, calls) -> list[dict]:
+def check(config, layers, calls) -> list[dict]:
   """Density and recall of each layer on the text that was held out."""
   rows = []
-  for pattern, (q, k, _) in zip(patterns, calls, strict=True):
-    density, recall = calibrate_search.density_and_recall(pattern, q, k)
+  for settings, (q, k, _) in zip(layers, calls, strict=True):
+    density, recall = calibrate_search.density_and_recall(
+      config.make_pattern(**settings), q, k
+    )
     rows.append(
       {"density": float(density.mean()), "recall": float(recall.mean())}
     )
@@ -115,13 +117,19 @@ def summary(calibration: attention.Calibration) -> list[str]:
       zip(test, calibration.layers, strict=True)
     )
   ]
-  density, recall = (
-    np.mean([row[x] for row in test]) for x in ("density", "recall")
-  )
-  lines.append(
-    f"all layers: density {density:.3f}, recall {recall:.4f}; dense below "
-    f"{calibration.dense_below:,} keys"
-  )
+  for name, rows in (
+    ("all layers", test),
+    (
+      f"all layers, {calibration.evidence['single_budget']} for all",
+      calibration.evidence["single_budget_test"],
+    ),
+  ):
+    if rows:
+      density, recall = (
+        np.mean([row[x] for row in rows]) for x in ("density", "recall")
+      )
+      lines.append(f"{name}: density {density:.3f}, recall {recall:.4f}")
+  lines.append(f"dense below {calibration.dense_below:,} keys")
   return lines
 
 

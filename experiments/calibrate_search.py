@@ -219,6 +219,28 @@ def choose(
   )
 
 
+def single_budget(
+  config: CalibrateConfig, found: Sequence[dict]
+) -> dict[str, Any] | None:
+  """Sparsest budget that reaches the target in the mean, for all heads alike.
+
+  Returns:
+    {field: budget}; None where none reaches it, or the rule tries no budgets.
+  """
+  if config.rule not in calibration.RULES:
+    return None
+  density, recall = (
+    np.mean([np.mean(r[name], axis=0) for r in found], axis=0)
+    for name in ("density", "recall")
+  )
+  reached = [
+    i for i in np.argsort(density) if recall[i] >= config.target_recall
+  ]
+  if not reached:
+    return None
+  return {BUDGETS[config.method]: config.budgets[reached[0]]}
+
+
 def measure_dense_below(config: CalibrateConfig, call, settings):
   """Length from which sparse attention is faster, and the times that say so.
 
