@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         A token outside the vocabulary is clipped into it.
       cache: keys and values of earlier tokens. Each row's valid tokens are
         added to it.
-      attention_fn: how every layer attends.
+      attention_fn: how every layer attends, or a `LayeredAttention`.
       lengths: int32 [batch], valid tokens of each row; default q_len.
       logits_for: "all" positions, or the "last" valid one of each row.
       remat: recompute each block in the backward pass. Not with a cache.
