@@ -41,7 +41,7 @@ def all_figures(
   records: Sequence[dict[str, Any]], rows: list[dict], workdir: pathlib.Path
 ) -> Iterator[Picture]:
   """Title, sentence and PNG of every picture that the records allow."""
-  style = _styles(rows)
+  style = styles(rows)
   sparse = [row for row in rows if "density" in row]
   if sparse:
     yield (
@@ -103,7 +103,7 @@ def families(patterns: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 
 
 def _quality(rows, family) -> bytes:
-  figure = _figure(10.5, 4.3)
+  figure = new_figure(10.5, 4.3)
   left, right = figure.subplots(1, 2)
   score = (
     "relative_score" if any("relative_score" in r for r in rows) else ("score")
@@ -112,7 +112,7 @@ def _quality(rows, family) -> bytes:
   for row in sorted(rows, key=lambda row: row["density"]):
     name = family[row["pattern"]][0]
     groups.setdefault((name, row["length"]), []).append(row)
-  style = _styles([{"pattern": name} for name, _ in sorted(groups)], first=2)
+  style = styles([{"pattern": name} for name, _ in sorted(groups)], first=2)
   shortest = min(row["length"] for row in rows)
   for (name, length), group in sorted(groups.items()):
     look = style[name] | {
@@ -154,17 +154,17 @@ def _quality(rows, family) -> bytes:
     axes.set_xlim(0.0, 1.08 * max(row["density"] for row in rows))
     # A narrow range would make small differences look large.
     axes.set_ylim(min(0.5, axes.get_ylim()[0]), 1.03)
-    _tidy(axes)
+    tidy(axes)
   right.legend(
     frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0)
   )
-  return _png(figure)
+  return png(figure)
 
 
 def _times(rows, style) -> bytes:
   lengths = sorted({row["length"] for row in rows})
   if len(lengths) > 1:
-    figure = _figure(8, 4.2)
+    figure = new_figure(8, 4.2)
     axes = figure.subplots()
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
       line = [row for row in rows if row["pattern"] == pattern]
@@ -177,12 +177,12 @@ def _times(rows, style) -> bytes:
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
-    _tidy(axes)
+    tidy(axes)
     axes.legend(
       frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0)
     )
-    return _png(figure)
-  figure = _figure(9, 0.9 + 0.45 * len(rows))
+    return png(figure)
+  figure = new_figure(9, 0.9 + 0.45 * len(rows))
   axes = figure.subplots()
   place = np.arange(len(rows))
   select = np.array([row["select_ms"] for row in rows])
@@ -205,13 +205,13 @@ def _times(rows, style) -> bytes:
   axes.invert_yaxis()
   axes.set(xlabel=f"ms a layer, {lengths[0]:,} tokens")
   axes.set_xlim(0, 1.45 * total.max())
-  _tidy(axes, grid="x")
+  tidy(axes, grid="x")
   axes.legend(frameon=False, fontsize=8, loc="lower right")
-  return _png(figure)
+  return png(figure)
 
 
 def _prefill(rows, style) -> bytes:
-  figure = _figure(9, 0.9 + 0.4 * len(rows))
+  figure = new_figure(9, 0.9 + 0.4 * len(rows))
   axes = figure.subplots()
   place = np.arange(len(rows))
   seconds = [row["prefill_ms"] / 1e3 for row in rows]
@@ -227,13 +227,13 @@ def _prefill(rows, style) -> bytes:
   axes.invert_yaxis()
   axes.set(xlabel="seconds")
   axes.set_xlim(0, 1.2 * max(seconds))
-  _tidy(axes, grid="x")
-  return _png(figure)
+  tidy(axes, grid="x")
+  return png(figure)
 
 
 def _tasks(scores, style) -> bytes:
   names = list(next(iter(scores.values())))
-  figure = _figure(10, 3.6)
+  figure = new_figure(10, 3.6)
   axes = figure.subplots()
   width = 0.8 / len(scores)
   place = np.arange(len(names))
@@ -253,17 +253,17 @@ def _tasks(scores, style) -> bytes:
   )
   axes.set(ylabel="score")
   axes.set_ylim(0, 1.02)
-  _tidy(axes, grid="y")
+  tidy(axes, grid="y")
   axes.legend(
     frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0)
   )
-  return _png(figure)
+  return png(figure)
 
 
 def _masks(record, file: pathlib.Path) -> bytes:
   with np.load(file) as arrays:
     mass, kept = arrays["mass"], arrays["kept"]
-  figure = _figure(10, 9.2 if len(mass) > 2 else 5.0)
+  figure = new_figure(10, 9.2 if len(mass) > 2 else 5.0)
   grid = figure.subplots(
     2 if len(mass) > 2 else 1, 2, squeeze=False, sharex=True, sharey=True
   )
@@ -302,7 +302,7 @@ def _masks(record, file: pathlib.Path) -> bytes:
   figure.colorbar(
     image, ax=grid, shrink=0.6, pad=0.02, label="softmax mass of the block"
   )
-  return _png(figure)
+  return png(figure)
 
 
 def outline(mask: np.ndarray) -> list[list[tuple[float, float]]]:
@@ -331,7 +331,7 @@ def _long_name(pattern: str) -> str:
   }.get(pattern, pattern)
 
 
-def _styles(rows, first: int = 0) -> dict[str, dict[str, Any]]:
+def styles(rows, first: int = 0) -> dict[str, dict[str, Any]]:
   """Colour and marker of each pattern, the same in all pictures."""
   patterns = dict.fromkeys(row["pattern"] for row in rows)
   return {
@@ -343,20 +343,20 @@ def _styles(rows, first: int = 0) -> dict[str, dict[str, Any]]:
   }
 
 
-def _figure(width: float, height: float) -> matplotlib.figure.Figure:
+def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
   return matplotlib.figure.Figure(
     figsize=(width, height), dpi=_DPI, layout="constrained"
   )
 
 
-def _tidy(axes, grid: str = "both"):
+def tidy(axes, grid: str = "both"):
   axes.grid(axis=grid, color="#d9dee3", linewidth=0.6)
   axes.set_axisbelow(True)
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", facecolor="white")
   return buffer.getvalue()

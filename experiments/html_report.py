@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments import figures, long_context_config
 from experiments import long_context_summary as summary
 
+Draw = Callable[..., Iterable[figures.Picture]]
 _ENVIRONMENT = (
   "commit",
   "dirty",
@@ -40,18 +41,23 @@ pre { background: #f3f5f7; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
 
 
-def write(records: Sequence[dict[str, Any]], workdir: pathlib.Path):
+def write(
+  records: Sequence[dict[str, Any]],
+  workdir: pathlib.Path,
+  draw: Draw = figures.all_figures,
+):
   """Writes WORKDIR/report.html beside itself, then renames.
 
   Args:
     records: of the experiment, at least one.
     workdir: its folder, with the arrays that records name.
+    draw: makes the pictures from records, their summary and the folder.
 
   Returns:
     Path of the report.
   """
   path = workdir.absolute() / "report.html"
-  text = render(records, workdir)
+  text = render(records, workdir, draw)
   with tempfile.NamedTemporaryFile(
     "w", dir=workdir, prefix=path.name, delete=False, encoding="utf-8"
   ) as file:
@@ -61,7 +67,11 @@ def write(records: Sequence[dict[str, Any]], workdir: pathlib.Path):
   return path
 
 
-def render(records: Sequence[dict[str, Any]], workdir: pathlib.Path) -> str:
+def render(
+  records: Sequence[dict[str, Any]],
+  workdir: pathlib.Path,
+  draw: Draw = figures.all_figures,
+) -> str:
   """The report's text."""
   rows = summary.summarise(records)
   last = records[-1]
@@ -98,7 +108,7 @@ def render(records: Sequence[dict[str, Any]], workdir: pathlib.Path) -> str:
       ),
     ),
   ]
-  for title, note, picture in figures.all_figures(records, rows, workdir):
+  for title, note, picture in draw(records, rows, workdir):
     data = base64.b64encode(picture).decode()
     image = f"<img alt='{_text(title)}' src='data:image/png;base64,{data}'>"
     parts += _section(title, note, image)

@@ -34,15 +34,39 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   config = long_context_config.parse(_CONFIG.value)
+  console = make_console()
+  found, workdir = measure_all(config, _WORKDIR.value, console)
+  report = finish(found, workdir, console)
+  console.print(f"Report: {report}", soft_wrap=True)
+
+
+def measure_all(
+  config: long_context_config.LongContextConfig,
+  workdir: str,
+  console: rich.console.Console,
+) -> tuple[list[dict], pathlib.Path]:
+  """Takes the measurements that a workdir lacks.
+
+  Args:
+    config: the settings.
+    workdir: folder of the run.
+    console: where progress is printed.
+
+  Returns:
+    All records of the run, and its folder.
+
+  Raises:
+    ValueError: the settings do not fit the model, or the folder is not this
+      run's.
+  """
   folder = long_context_config.model_folder(config.model)
   model_config = models.load_hf_config(folder)
   config.check_model(model_config)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
-  flags_and_configs.start_jax(workdir)
-  console = make_console()
+  path = records.claim_workdir(workdir, identity)
+  flags_and_configs.start_jax(path)
   steps = long_context_run.plan(config, model_config.num_layers)
-  file = workdir / "records.jsonl"
+  file = path / "records.jsonl"
   found = records.read(file) if file.exists() else []
   done = {long_context_run.key(record) for record in found}
   missing = [step for step in steps if step.key not in done]
@@ -55,13 +79,12 @@ def main(argv):
       config,
       models.load_hf(folder, dtype=jnp.dtype(config.dtype)),
       long_context_run.held_out_code(
-        workdir / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
+        path / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
       ),
-      workdir,
+      path,
     )
     run_steps(missing, measurer, records.RecordWriter(file, identity), console)
-  report = finish(records.read(file), workdir, console)
-  console.print(f"Report: {report}", soft_wrap=True)
+  return records.read(file), path
 
 
 def run_steps(

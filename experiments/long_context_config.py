@@ -15,6 +15,7 @@ from unisparse_jax.attention import dense
 
 DENSE = "dense"  # label of the reference, measured in every run
 JAX_NN = "jax.nn"  # label of `jax.nn.dot_product_attention`
+CALIBRATED = "calibrated"  # method whose settings are read from a file
 MEASURES = ("answers", "next_token", "layers", "attention_time", "prefill")
 _PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
 _WEIGHTS = "model.safetensors"
@@ -26,13 +27,17 @@ class PatternEntry:
 
   Attributes:
     label: name in tables and records.
-    pattern: the method with its settings.
+    patterns: the method with its settings: one for all layers, or one for each.
     measure: which of `MEASURES` to take.
   """
 
   label: str
-  pattern: attention.Pattern
+  patterns: tuple[attention.Pattern, ...]
   measure: tuple[str, ...]
+
+  def pattern(self, layer: int) -> attention.Pattern:
+    """That of a layer."""
+    return self.patterns[layer if len(self.patterns) > 1 else 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,8 @@ class LongContextConfig:
   Attributes:
     model: folder of a checkpoint, or the name of one that ships.
     patterns: mappings with "label", "method", optionally "measure" (default
-      all of `MEASURES`) and the method's own settings.
+      all of `MEASURES`) and the method's own settings. The method
+      "calibrated" has one, "file", as `experiments.calibrate` writes it.
     lengths: tokens of a prompt and its answer.
     tasks: names in `tasks.TASKS`; none: no answers.
     samples: prompts of each task and length.
@@ -130,9 +136,15 @@ class LongContextConfig:
       return attention.DenseAttention(implementation=self.dense_implementation)
     if label == JAX_NN:
       return attention.DenseAttention(implementation="xla")
-    return attention.SparseAttention(
-      pattern=self.entry(label).pattern, implementation=self.implementation
+    layers = tuple(
+      attention.SparseAttention(
+        pattern=pattern, implementation=self.implementation
+      )
+      for pattern in self.entry(label).patterns
     )
+    if len(layers) == 1:
+      return layers[0]
+    return attention.LayeredAttention(layers=layers)
 
   def check_model(self, model: models.DecoderConfig):
     """Raises ValueError where the model cannot serve these settings."""
@@ -153,6 +165,14 @@ class LongContextConfig:
           length,
           f"> {budget}",
         )
+    for entry in self.entries:
+      checks.require(
+        len(entry.patterns) in (1, model.num_layers),
+        f"patterns of {entry.label}",
+        "be one for each layer of the model",
+        len(entry.patterns),
+        str(model.num_layers),
+      )
     for name in ("quality_layers", "timed_layers", "mask_layers"):
       for layer in getattr(self, name):
         checks.require(
@@ -188,9 +208,16 @@ def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
   weights = folder / _WEIGHTS
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   if weights.is_file():
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    values["model_sha256"] = digest[:16]
+    values["model_sha256"] = _sha256(weights)
+  for entry in values.get("patterns", ()):
+    if entry["method"] == CALIBRATED:
+      name = f"{entry['label']} sha256"
+      values[name] = _sha256(pathlib.Path(entry["file"]))
   return values
+
+
+def _sha256(file: pathlib.Path) -> str:
+  return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _entry(values: Any, name: str) -> PatternEntry:
@@ -212,7 +239,12 @@ def _entry(values: Any, name: str) -> PatternEntry:
       "the baselines are measured in every run."
     )
   try:
-    pattern = attention.make_pattern(method, **settings)
+    if method == CALIBRATED:
+      flags_and_configs.check_keys("settings of calibrated", settings, ["file"])
+      file = str(settings.get("file", ""))
+      patterns = attention.load_calibration(file).patterns()
+    else:
+      patterns = (attention.make_pattern(method, **settings),)
   except ValueError as error:
     raise ValueError(f"{name}: {error}") from error
-  return PatternEntry(label=label, pattern=pattern, measure=measure)
+  return PatternEntry(label=label, patterns=patterns, measure=measure)

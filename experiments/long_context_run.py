@@ -238,15 +238,18 @@ class Measurer:
     dense_out = self._share(
       "dense_out", lambda: jax.jit(dense_fn)(q, k, v), layer
     )
-    pattern = self._config.entry(step.pattern).pattern
+    pattern = self._config.entry(step.pattern).pattern(layer)
     quality = evaluation.layer_quality(pattern, q, k, v, dense_out)
     return dataclasses.asdict(quality)
 
   def _attention_time(self, step: Step) -> dict[str, Any]:
     is_jax_nn = step.pattern == config_lib.JAX_NN
+    layer, num_layers = int(step.item), self._model.config.num_layers
     timed = evaluation.time_attention(
-      self._config.attention_fn(step.pattern),
-      *self._captured(int(step.item)),
+      attention.for_layer(
+        self._config.attention_fn(step.pattern), layer, num_layers
+      ),
+      *self._captured(layer),
       repeats=1 if is_jax_nn else self._config.repeats,
     )
     return dataclasses.asdict(timed)
@@ -263,9 +266,10 @@ class Measurer:
 
   def _masks(self, step: Step) -> dict[str, Any]:
     """Writes the true block mass and the kept blocks of four heads."""
-    pattern = self._config.entry(step.pattern).pattern
+    entry = self._config.entry(step.pattern)
     heads, groups, masses, kept = [], [], [], []
     for layer in self._config.mask_layers:
+      pattern = entry.pattern(layer)
       q, k, _ = self._captured(layer)
       mass, listed = _mass_and_mask(pattern, q, k)
       group = q.shape[2] // listed.shape[1]
@@ -288,7 +292,7 @@ class Measurer:
     return {
       "file": file.name,
       "heads": [heads[i] for i in chosen],
-      "block_q": pattern.block_q,
+      "block_q": entry.pattern(0).block_q,
     }
 
 

@@ -72,6 +72,16 @@ def check_fraction(name: str, value: Any):
   require(ok, name, "be in (0, 1]", value)
 
 
+def check_fractions(name: str, value: Any):
+  """Checks a fraction in (0, 1], or a tuple of them, one a head."""
+  if isinstance(value, tuple):
+    require(len(value) > 0, name, "not be empty", value)
+    for item in value:
+      check_fraction(name, item)
+  else:
+    check_fraction(name, value)
+
+
 def check_scale(scale: Any):
   """Checks that a softmax scale is None or a finite positive number."""
   ok = scale is None or (

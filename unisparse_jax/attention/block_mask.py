@@ -77,8 +77,11 @@ class BlockGrid:
   def num_kv_blocks(self) -> int:
     return math.ceil(self.kv_capacity / self.block_kv)
 
-  def _bounds(self) -> tuple[Array, Array, Array]:
-    """Of each (row, block): first and last query position, first key."""
+  def bounds(self) -> tuple[Array, Array, Array]:
+    """First and last query position, first key: [batch, q blocks, kv blocks].
+
+    Positions are absolute; those past the last query are left out.
+    """
     shape = (self.batch, self.num_q_blocks, self.num_kv_blocks)
     first = lax.broadcasted_iota(jnp.int32, shape, 1) * self.block_q
     last = jnp.minimum(first + self.block_q, self.q_len) - 1
@@ -88,13 +91,13 @@ class BlockGrid:
 
   def admissible(self) -> Bool[Array, "batch num_q_blocks num_kv_blocks"]:
     """Blocks of which at least one query of the row may see a key."""
-    _, last, key = self._bounds()
+    _, last, key = self.bounds()
     reachable = key < self.kv_len[:, None, None]
     return reachable & (key <= last) if self.causal else reachable
 
   def diagonal(self) -> Bool[Array, "batch num_q_blocks num_kv_blocks"]:
     """Blocks that hold the own position of a query of the row."""
-    first, last, key = self._bounds()
+    first, last, key = self.bounds()
     inside = (key + self.block_kv > first) & (key <= last)
     return inside & self.admissible()
 
@@ -102,7 +105,7 @@ class BlockGrid:
     self, num_blocks: int
   ) -> Bool[Array, "batch num_q_blocks num_kv_blocks"]:
     """The diagonal blocks and the `num_blocks` blocks before them."""
-    first, last, key = self._bounds()
+    first, last, key = self.bounds()
     reach = (num_blocks + 1) * self.block_kv
     return (key + reach > first) & (key <= last) & self.admissible()
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask
@@ -36,7 +36,7 @@ def select_blocks(
   block_scores: Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"],
   forced: Bool[Array, "batch num_q_blocks num_kv_blocks"],
   *,
-  top_p: float | None = None,
+  top_p: float | tuple[float, ...] | None = None,
   top_k: int | None = None,
   max_blocks: int | None = None,
 ) -> block_mask.BlockMask:
@@ -53,7 +53,8 @@ def select_blocks(
       >= 0 and summing to 1 over the admissible blocks of a row (top_p), or any
       finite values (top_k).
     forced: blocks kept whatever their score.
-    top_p: mass to keep, in (0, 1]; exactly one of top_p and top_k is given.
+    top_p: mass to keep, in (0, 1], or a tuple with one for each mask head;
+      exactly one of top_p and top_k is given.
     top_k: blocks to keep in a row.
     max_blocks: room in a list; forced blocks, then the best, go in first, and
       the mask's `num_dropped` counts the rest.
@@ -89,7 +90,8 @@ def select_blocks(
   slot = lax.broadcasted_iota(jnp.int32, key.shape, 3)
   if top_p is not None:
     mass_before = jnp.cumsum(mass, axis=-1) - mass
-    kept = (mass_before < top_p) if top_p < 1.0 else slot >= 0
+    limit = per_head("top_p", top_p, key.shape[1])[None, :, None, None]
+    kept = (mass_before < limit) | (limit >= 1.0)
   else:
     assert top_k is not None
     kept = slot < top_k
@@ -105,3 +107,75 @@ def select_blocks(
     num_kv_blocks=mask.num_kv_blocks,
     num_dropped=dropped,
   )
+
+
+def per_head(
+  name: str, value: float | tuple[float, ...], num_heads: int
+) -> Float[Array, " num_heads"]:
+  """A setting for all heads, or a tuple with one a head, as an array.
+
+  Args:
+    name: of the setting, for the message.
+    value: the setting.
+    num_heads: heads that it is for.
+
+  Returns:
+    float32 [num_heads].
+
+  Raises:
+    ValueError: a tuple of another length.
+  """
+  if not isinstance(value, tuple):
+    value = (value,) * num_heads
+  checks.require(
+    len(value) == num_heads,
+    name,
+    "have one value for each mask head",
+    value,
+    f"{num_heads} values",
+  )
+  return jnp.asarray(value, jnp.float32)
+
+
+def top_count(
+  scores: Float[Array, "... num_items"], count: Int[Array, "..."]
+) -> Bool[Array, "... num_items"]:
+  """The `count` largest along the last axis; equal ones: the first.
+
+  Args:
+    scores: any values but NaN.
+    count: how many, for each row; may exceed the row.
+
+  Returns:
+    bool of the scores' shape.
+  """
+  num_items = scores.shape[-1]
+  count = jnp.clip(count, 0, num_items)[..., None]
+  rising = jnp.sort(scores, axis=-1)
+  cutoff = jnp.take_along_axis(
+    rising, jnp.clip(num_items - count, 0, num_items - 1), axis=-1
+  )
+  above = scores > cutoff
+  level = scores == cutoff
+  room = count - above.sum(-1, keepdims=True, dtype=jnp.int32)
+  first = jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= room
+  return (above | (level & first)) & (count > 0)
+
+
+def count_for_mass(
+  scores: Float[Array, "... num_items"], share: Float[Array, "..."]
+) -> Int[Array, "..."]:
+  """How many of the largest reach a share of their sum.
+
+  Args:
+    scores: finite, >= 0.
+    share: in (0, 1], for each row; 1 asks for all.
+
+  Returns:
+    int32 of the shape of `share`, at least 1.
+  """
+  falling = -jnp.sort(-scores, axis=-1)
+  running = jnp.cumsum(falling, axis=-1)
+  needed = share[..., None] * running[..., -1:]
+  count = (running - falling < needed).sum(-1, dtype=jnp.int32)
+  return jnp.where(share >= 1.0, scores.shape[-1], jnp.maximum(count, 1))

@@ -8,7 +8,18 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask
-from unisparse_jax.attention.patterns import dense, streaming, unisparse
+from unisparse_jax.attention.patterns import (
+  dense,
+  flexprefill,
+  minference,
+  oracle,
+  random_blocks,
+  sample_attention,
+  streaming,
+  unisparse,
+  unisparse_threshold,
+  xattention,
+)
 
 
 class Pattern(Protocol):
@@ -48,8 +59,16 @@ class Pattern(Protocol):
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {
   "dense": dense.Dense,
+  "flexprefill": flexprefill.FlexPrefill,
+  "minference": minference.MInference,
+  "oracle": oracle.Oracle,
+  "random_blocks": random_blocks.RandomBlocks,
+  "sample_attention": sample_attention.SampleAttention,
+  "sample_attention_v1": sample_attention.SampleAttentionV1,
   "streaming": streaming.Streaming,
   "unisparse": unisparse.UniSparse,
+  "unisparse_threshold": unisparse_threshold.UniSparseThreshold,
+  "xattention": xattention.XAttention,
 }
 
 

@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         A token outside the vocabulary is clipped into it.
       cache: keys and values of earlier tokens. Each row's valid tokens are
         added to it.
-      attention_fn: how every layer attends.
+      attention_fn: how every layer attends, or a `LayeredAttention`.
       lengths: int32 [batch], valid tokens of each row; default q_len.
       logits_for: "all" positions, or the "last" valid one of each row.
       remat: recompute each block in the backward pass. Not with a cache.
@@ -167,17 +167,22 @@ class Decoder(nnx.Module):
       lengths = checks.per_row("lengths", lengths, batch)
 
     x = self.embed(tokens)
-    settings = dict(attention_fn=attention_fn, lengths=lengths)
+    num_layers = len(self.layers)
+    attention_fns = [
+      attention.for_layer(attention_fn, layer, num_layers)
+      for layer in range(num_layers)
+    ]
     if cache is None:
 
-      def call(block, x, cos, sin):
-        return block(x, cos, sin, **settings)[0]
+      def call(attend, block, x, cos, sin):
+        return block(x, cos, sin, attention_fn=attend, lengths=lengths)[0]
 
-      # Not nnx.remat: it writes to the block, which fails where the caller's
-      # trace closes over the model.
-      call = jax.checkpoint(call) if remat else call
-      for block in self.layers:
-        x = call(block, x, cos, sin)
+      for block, attend in zip(self.layers, attention_fns, strict=True):
+        layer_call = functools.partial(call, attend)
+        # Not nnx.remat: it writes to the block, which fails where the caller's
+        # trace closes over the model.
+        layer_call = jax.checkpoint(layer_call) if remat else layer_call
+        x = layer_call(block, x, cos, sin)
       return self.norm(x), None
 
     new_cache = cache
@@ -189,7 +194,8 @@ class Decoder(nnx.Module):
         cache=new_cache,
         layer=layer,
         cache_is_empty=cache_is_empty,
-        **settings,
+        attention_fn=attention_fns[layer],
+        lengths=lengths,
       )
     assert new_cache is not None, "a layer that is given a cache returns one"
     x = self.norm(x)
@@ -257,6 +263,10 @@ class _Recorder:
 
   attention_fn: attention.AttentionFn
   calls: list = dataclasses.field(default_factory=list)
+
+  def for_layer(self, layer, num_layers):
+    attend = attention.for_layer(self.attention_fn, layer, num_layers)
+    return _Recorder(attend, self.calls)
 
   def __call__(self, q, k, v, **kwargs):
     self.calls.append((q, k, v))

@@ -25,7 +25,8 @@ class UniSparse:
   """Keeps the blocks with the largest attention between composite tokens.
 
   Attributes:
-    top_p: share of the composite attention to keep in each row, in (0, 1].
+    top_p: share of the composite attention to keep in each row, in (0, 1], or
+      a tuple with one for each mask head.
     top_k: number of blocks to keep in each row; if given, in place of top_p.
     window_q: queries in one composite (the paper's c_q); divides block_q.
     window_kv: keys in one composite (c_k); divides block_kv.
@@ -40,7 +41,7 @@ class UniSparse:
     max_blocks: room in each row's list; None: all. On overflow the best stay.
   """
 
-  top_p: float = 0.95
+  top_p: float | tuple[float, ...] = 0.95
   top_k: int | None = None
   window_q: int = 16
   window_kv: int = 16
@@ -52,7 +53,7 @@ class UniSparse:
   max_blocks: int | None = None
 
   def __post_init__(self):
-    checks.check_fraction("top_p", self.top_p)
+    checks.check_fractions("top_p", self.top_p)
     for name in ("window_q", "window_kv", "block_q", "block_kv"):
       checks.check_positive_int(name, getattr(self, name))
     for name in ("top_k", "head_group", "max_blocks"):

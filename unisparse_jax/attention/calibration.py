@@ -1,0 +1,94 @@
+"""Settings by head from what each head's attention shows on a few texts."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pallas_kernels import checks
+
+RULES = ("equal_recall", "equal_slope")
+_PRICES = np.geomspace(1e-4, 1e4, 2000)
+
+
+def choose_budgets(
+  density: Float[np.ndarray, "num_heads num_budgets"],
+  recall: Float[np.ndarray, "num_heads num_budgets"],
+  target: float,
+  rule: str = "equal_recall",
+) -> Int[np.ndarray, " num_heads"]:
+  """Which of the tried budgets each head gets.
+
+  Args:
+    density: kept share of the blocks, by head and budget.
+    recall: kept share of the dense softmax.
+    target: recall aimed at, in (0, 1].
+    rule: "equal_recall": each head's sparsest budget that reaches the target,
+      else the budget of highest recall. "equal_slope": budgets whose mean
+      recall reaches the target at the least mean density: those that maximise
+      recall - price * density in every head at one price.
+
+  Returns:
+    Index of a budget, by head.
+
+  Raises:
+    ValueError: shapes disagree, or a setting is off.
+  """
+  checks.check_choice("rule", rule, RULES)
+  checks.check_fraction("target", target)
+  density, recall = np.asarray(density), np.asarray(recall)
+  checks.check_shape(
+    "recall", recall, ("num_heads", "num_budgets"), density.shape
+  )
+  if rule == "equal_recall":
+    best = recall >= recall.max(1, keepdims=True)
+    reached = np.where(
+      (recall >= target).any(1)[:, None], recall >= target, best
+    )
+    return np.argmin(np.where(reached, density, np.inf), axis=1)
+  heads = np.arange(len(density))
+  # The fullest choice, for a target that none reaches.
+  chosen = np.argmax(recall - 1e-9 * density, axis=1)
+  for price in _PRICES:  # rising: sparser and sparser
+    index = np.argmax(recall - price * density, axis=1)
+    if recall[heads, index].mean() < target:
+      break
+    chosen = index
+  return chosen
+
+
+def xattention_threshold(
+  estimated: Float[np.ndarray, "num_heads num_q_blocks num_kv_blocks"],
+  true_mass: Float[np.ndarray, "num_heads num_q_blocks num_kv_blocks"],
+  share: float = 0.9,
+) -> Float[np.ndarray, " num_heads"]:
+  """Threshold of each head as XAttention's released profiler finds it.
+
+  In each row the fewest blocks that hold `share` of the true mass are needed.
+  All blocks that score at least as the lowest of them are kept; the threshold
+  is the share of the scores that this keeps over all rows.
+
+  Args:
+    estimated: scores of the blocks, rows sum to 1; 0 where out of reach.
+    true_mass: dense softmax mass, rows sum to 1.
+    share: of each row's true mass.
+
+  Returns:
+    In (0, 1], by head.
+
+  Source: XAttention (arXiv 2503.16428), released code. The paper's own search
+  lowers thresholds one at a time while an evaluation holds; it is not here.
+  """
+  checks.check_fraction("share", share)
+  estimated, true_mass = np.asarray(estimated), np.asarray(true_mass)
+  checks.check_shape(
+    "estimated",
+    estimated,
+    ("num_heads", "num_q_blocks", "num_kv_blocks"),
+    true_mass.shape,
+  )
+  order = np.argsort(-true_mass, axis=-1, kind="stable")
+  mass = np.take_along_axis(true_mass, order, axis=-1)
+  needed = np.cumsum(mass, axis=-1) - mass < share * mass.sum(-1, keepdims=True)
+  scores = np.take_along_axis(estimated, order, axis=-1)
+  lowest = np.where(needed, scores, np.inf).min(-1, keepdims=True)
+  kept = np.where(estimated >= lowest, estimated, 0.0).sum((1, 2))
+  return np.clip(kept / estimated.sum((1, 2)), 1e-6, 1.0)

@@ -1,0 +1,107 @@
+"""Composite-token scores cut at one threshold for all rows and heads.
+
+Not in the UniSparse paper. `experiments.selector_study` compared many ways to
+score and to cut on the shipped model (results/selector_study.json): what the
+scores are made of hardly matters, how they are cut does. Top-p makes every row
+reach the same mass, and spends most of its blocks on rows whose attention is
+spread thin; a threshold spends each block where it holds most.
+"""
+
+import dataclasses
+import math
+import numbers
+
+import jax.numpy as jnp
+
+from pallas_kernels import checks
+from unisparse_jax.attention import block_mask, profiles, scoring
+from unisparse_jax.attention.patterns import unisparse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniSparseThreshold:
+  """Keeps every block whose composite attention exceeds a fixed value.
+
+  Attributes:
+    min_score: smallest score of a kept block, as a multiple of what a row gives
+      to each block when it gives all the same; 0 or more, or a tuple with one
+      for each mask head. A row drops at most this share of its composite
+      attention; mostly far less. 0 keeps everything.
+    window_q: queries in one composite; divides block_q.
+    window_kv: keys in one composite; divides block_kv.
+    head_group: consecutive query heads in one composite, which share their
+      mask; see `unisparse.UniSparse`.
+    num_sink_blocks: first key blocks that every row keeps (causal only).
+    num_local_blocks: blocks before the diagonal that every row keeps (causal
+      only).
+    block_q: queries per block.
+    block_kv: keys per block.
+    max_blocks: room in each row's list; None: all. The most recent are kept.
+  """
+
+  min_score: float | tuple[float, ...] = 0.5
+  window_q: int = 32
+  window_kv: int = 32
+  head_group: int | None = 1
+  num_sink_blocks: int = 1
+  num_local_blocks: int = 0
+  block_q: int = 128
+  block_kv: int = 128
+  max_blocks: int | None = None
+
+  def __post_init__(self):
+    values = self.min_score
+    values = values if isinstance(values, tuple) else (values,)
+    checks.require(len(values) > 0, "min_score", "not be empty", values)
+    for value in values:
+      checks.require(
+        isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf,
+        "min_score",
+        "be a finite number >= 0",
+        value,
+      )
+    checks.check_non_negative_int("num_sink_blocks", self.num_sink_blocks)
+    checks.check_non_negative_int("num_local_blocks", self.num_local_blocks)
+    if self.max_blocks is not None:
+      checks.check_positive_int("max_blocks", self.max_blocks)
+    self._scorer()  # checks the rest
+
+  def select(
+    self, q, k, *, causal=True, scale=None, q_offset=0, kv_len=None
+  ) -> block_mask.BlockMask:
+    """See `selector.Pattern.select`."""
+    grid = block_mask.BlockGrid.create(
+      q,
+      k,
+      block_q=self.block_q,
+      block_kv=self.block_kv,
+      causal=causal,
+      q_offset=q_offset,
+      kv_len=kv_len,
+    )
+    scores = self._scorer().block_scores(q, k, grid, scale=scale)
+    num_blocks = (profiles.num_keys(grid) + self.block_kv - 1) // self.block_kv
+    limit = scoring.per_head("min_score", self.min_score, scores.shape[1])
+    limit = (
+      limit[None, :] / jnp.maximum(num_blocks, 1).astype(jnp.float32)[:, None]
+    )
+    forced = scoring.forced_blocks(
+      grid,
+      num_sink_blocks=self.num_sink_blocks if causal else 0,
+      num_local_blocks=self.num_local_blocks if causal else 0,
+    )
+    kept = (scores >= limit[:, :, None, None]) | forced[:, None]
+    # Where a row spreads evenly, all its blocks may miss a limit above 1.
+    kept |= scores >= scores.max(-1, keepdims=True)
+    return block_mask.BlockMask.from_dense(
+      grid, kept, max_blocks=self.max_blocks
+    )
+
+  def _scorer(self) -> unisparse.UniSparse:
+    return unisparse.UniSparse(
+      window_q=self.window_q,
+      window_kv=self.window_kv,
+      head_group=self.head_group,
+      block_q=self.block_q,
+      block_kv=self.block_kv,
+    )
