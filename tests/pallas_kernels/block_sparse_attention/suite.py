@@ -84,10 +84,16 @@ class BlockSparseAttentionSuite:
 
   implementation: str
 
-  def run(self, arrays, settings):
-    return pallas_kernels.block_sparse_attention(
-      *arrays, **settings, implementation=self.implementation
+  def op(self, settings):
+    """The op as a function of its arrays."""
+    return functools.partial(
+      pallas_kernels.block_sparse_attention,
+      **settings,
+      implementation=self.implementation,
     )
+
+  def run(self, arrays, settings):
+    return self.op(settings)(*arrays)
 
   @pytest.mark.parametrize("name", CASES)
   @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -139,7 +145,8 @@ class BlockSparseAttentionSuite:
 
   def test_same_bits_twice(self):
     arrays, settings, _ = make_case("ragged", jnp.bfloat16)
-    first, second = self.run(arrays, settings), self.run(arrays, settings)
+    op = self.op(settings)
+    first, second = op(*arrays), op(*arrays)
     for a, b in zip(first, second, strict=True):
       np.testing.assert_array_equal(
         np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -167,24 +174,20 @@ class BlockSparseAttentionSuite:
 
   def test_poisoned_padding_does_not_leak(self):
     (q, k, v, indices, counts), settings, _ = make_case("ragged")
-    clean, _ = self.run((q, k, v, indices, counts), settings)
+    op = self.op(settings)
+    clean, _ = op(q, k, v, indices, counts)
     valid = settings["kv_len"][:, None, None, None]
     key = jnp.arange(k.shape[1])[None, :, None, None]
     poisoned = [jnp.where(key < valid, x, 1e30) for x in (k, v)]
-    out, _ = self.run((q, *poisoned, indices, counts), settings)
+    out, _ = op(q, *poisoned, indices, counts)
     np.testing.assert_array_equal(np.asarray(out), np.asarray(clean))
 
 
 class JittedSuite(BlockSparseAttentionSuite):
   """The same under jit, which compiles fewer, larger programs."""
 
-  def run(self, arrays, settings):
-    op = functools.partial(
-      pallas_kernels.block_sparse_attention,
-      **settings,
-      implementation=self.implementation,
-    )
-    return jax.jit(op)(*arrays)
+  def op(self, settings):
+    return jax.jit(super().op(settings))
 
 
 class InterpretedSuite(JittedSuite):

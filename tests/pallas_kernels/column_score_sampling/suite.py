@@ -79,13 +79,18 @@ class ColumnScoreSamplingSuite:
 
   implementation: str
 
-  def run(self, arrays, settings):
-    op = functools.partial(
-      pallas_kernels.column_score_sampling,
-      **settings,
-      implementation=self.implementation,
+  def op(self, settings):
+    """The op as a jitted function of its arrays."""
+    return jax.jit(
+      functools.partial(
+        pallas_kernels.column_score_sampling,
+        **settings,
+        implementation=self.implementation,
+      )
     )
-    return jax.jit(op)(*arrays)
+
+  def run(self, arrays, settings):
+    return self.op(settings)(*arrays)
 
   @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -113,11 +118,12 @@ class ColumnScoreSamplingSuite:
 
   def test_same_bits_twice_and_poison_beyond_the_last_key(self):
     (q, k, positions), settings = make_case("ragged", jnp.bfloat16)
-    first = self.run((q, k, positions), settings)
+    op = self.op(settings)
+    first = op(q, k, positions)
     key = jnp.arange(k.shape[1])[None, :, None, None]
     valid = settings["kv_len"][:, None, None, None]
     poisoned = jnp.where(key < valid, k, jnp.bfloat16(1e30))
-    second = self.run((q, poisoned, positions), settings)
+    second = op(q, poisoned, positions)
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
   def test_extreme_logits(self):
