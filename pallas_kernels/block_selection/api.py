@@ -1,6 +1,10 @@
 """Public function of the op: contract, validation, dispatch."""
 
+import math
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
@@ -22,7 +26,7 @@ def block_selection(
   block_kv: int = 128,
   causal: bool = True,
   q_offset: int | Int[Array, "..."] = 0,
-  top_p: float | None = None,
+  top_p: float | Float[Array, " num_mask_heads"] | None = None,
   top_k: int | None = None,
   num_sink_blocks: int = 0,
   num_local_blocks: int = 0,
@@ -53,7 +57,8 @@ def block_selection(
     block_kv: keys per block.
     causal: whether a query sees only keys at or before its own position.
     q_offset: absolute position of query 0; scalar or [batch].
-    top_p: mass to keep, in (0, 1]; exactly one of top_p and top_k is given.
+    top_p: mass to keep, in (0, 1], or float32 [num_mask_heads]; exactly one of
+      top_p and top_k is given.
     top_k: blocks to keep in a row.
     num_sink_blocks: first key blocks that every row keeps.
     num_local_blocks: blocks before the diagonal that every row keeps.
@@ -80,7 +85,7 @@ def block_selection(
   axes = ("batch", "num_mask_heads", "num_q_blocks", "num_kv_blocks")
   checks.check_shape("block_scores", block_scores, axes, (None,) * 4)
   checks.check_dtype("block_scores", block_scores.dtype, ("float32",))
-  batch, _, _, num_kv_blocks = block_scores.shape
+  batch, num_mask_heads, _, num_kv_blocks = block_scores.shape
   checks.check_positive_int("block_q", block_q)
   checks.check_positive_int("block_kv", block_kv)
   checks.require(
@@ -89,7 +94,9 @@ def block_selection(
     "be given if and only if top_k is not",
     (top_p, top_k),
   )
-  if top_p is not None:
+  if isinstance(top_p, jax.Array | np.ndarray):
+    checks.check_shape("top_p", top_p, ("num_mask_heads",), (num_mask_heads,))
+  elif top_p is not None:
     checks.check_fraction("top_p", top_p)
   if top_k is not None:
     checks.check_positive_int("top_k", top_k)
@@ -105,12 +112,22 @@ def block_selection(
     checks.per_row("q_len", q_len, batch),
     jnp.minimum(kv_len, jnp.int32(num_kv_blocks * block_kv)),
     checks.per_row("q_offset", q_offset, batch),
+    _mass_budget(top_p, num_mask_heads),
     block_q=block_q,
     block_kv=block_kv,
     causal=causal,
-    top_p=None if top_p is None else float(top_p),
     top_k=top_k,
     num_sink_blocks=num_sink_blocks,
     num_local_blocks=num_local_blocks,
     max_blocks=min(max_blocks, num_kv_blocks),
   )
+
+
+def _mass_budget(top_p, num_mask_heads):
+  """float32 [num_mask_heads]; infinity where every block shall be kept.
+
+  A float32 running sum may reach 1 before the last block.
+  """
+  top_p = jnp.asarray(math.inf if top_p is None else top_p, jnp.float32)
+  budget = jnp.where(top_p >= 1.0, math.inf, top_p)
+  return jnp.broadcast_to(budget, (num_mask_heads,))

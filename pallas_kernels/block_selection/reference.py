@@ -11,11 +11,11 @@ def block_selection(
   q_len,  # int32 [batch]
   kv_len,  # int32 [batch]
   q_offset,  # int32 [batch]
+  mass_budget,  # float32 [num_mask_heads]; infinity: none
   *,
   block_q,
   block_kv,
   causal,
-  top_p,
   top_k,
   num_sink_blocks,
   num_local_blocks,
@@ -40,7 +40,7 @@ def block_selection(
     num_sink_blocks=num_sink_blocks,
     num_local_blocks=num_local_blocks,
   )
-  # Forced blocks sort first, inadmissible ones last; 1.0 keeps them all.
+  # Forced blocks sort first, inadmissible ones last.
   key = jnp.where(forced, -jnp.inf, -block_scores)
   key = jnp.where(admissible, key, jnp.inf)
   mass = jnp.where(admissible, block_scores, 0.0)
@@ -51,7 +51,8 @@ def block_selection(
   if top_k is not None:
     kept = slot < top_k
   else:
-    kept = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (top_p == 1.0)
+    mass_before = jnp.cumsum(mass, axis=-1) - mass
+    kept = mass_before < mass_budget[None, :, None, None]
   kept = (kept | jnp.isneginf(key)) & ~jnp.isposinf(key)
   num_selected = kept.sum(-1, dtype=jnp.int32)
   listed = jnp.where(kept & (slot < max_blocks), block, -1)

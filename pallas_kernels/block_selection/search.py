@@ -25,7 +25,7 @@ def keep_best(scores, candidates, forced, mass_budget, count_budget):
     scores: float32 [rows, blocks], finite.
     candidates: bool [rows, blocks]; those neither forced nor inadmissible.
     forced: bool [rows, blocks].
-    mass_budget: float, or None for no bound.
+    mass_budget: float32 [rows]; infinity for no bound.
     count_budget: int, or None for no bound.
 
   Returns:
@@ -42,18 +42,14 @@ def keep_best(scores, candidates, forced, mass_budget, count_budget):
     mass = forced_mass + jnp.where(is_above, scores, 0.0).sum(-1)
     return mass, forced_count + is_above.astype(jnp.int32).sum(-1)
 
-  def is_short(mass, count):
-    short = jnp.full(count.shape, True)
-    if mass_budget is not None:
-      short &= mass < mass_budget
-    if count_budget is not None:
-      short &= count < count_budget
-    return short
+  def is_short(mass, count, mass_budget):
+    short = mass < mass_budget
+    return short if count_budget is None else short & (count < count_budget)
 
   def bisect(_, bounds):
     low, high = bounds  # short at high, not at low
     middle = (low & high) + ((low ^ high) >> 1)
-    short = is_short(*above(middle))
+    short = is_short(*above(middle), mass_budget)
     return jnp.where(short, low, middle), jnp.where(short, middle, high)
 
   # Scores of a softmax are not negative: one bit less to find.
@@ -69,7 +65,7 @@ def keep_best(scores, candidates, forced, mass_budget, count_budget):
   tied = candidates & (bits == threshold[:, None])
   rank = lax.cumsum(tied.astype(jnp.int32), axis=1) - 1
   mass = mass[:, None] + rank.astype(jnp.float32) * jnp.where(tied, scores, 0.0)
-  tied &= is_short(mass, count[:, None] + rank)
+  tied &= is_short(mass, count[:, None] + rank, mass_budget[:, None])
   return (candidates & (bits > threshold[:, None])) | tied
 
 
@@ -80,8 +76,8 @@ def keep(scores, admissible, forced, mass_budget, count_budget, room):
     scores: float32 [rows, blocks], finite.
     admissible: bool [rows, blocks].
     forced: bool [rows, blocks], admissible ones.
-    mass_budget: float or None.
-    count_budget: int or None.
+    mass_budget: float32 [rows]; infinity for no bound.
+    count_budget: int, or None for no bound.
     room: at most so many are kept, forced ones first.
   """
   candidates = admissible & ~forced

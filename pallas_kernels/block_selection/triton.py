@@ -20,11 +20,11 @@ def block_selection(
   q_len,  # int32 [batch]
   kv_len,  # int32 [batch]
   q_offset,  # int32 [batch]
+  mass_budget,  # float32 [num_mask_heads]; infinity: none
   *,
   block_q,
   block_kv,
   causal,
-  top_p,
   top_k,
   num_sink_blocks,
   num_local_blocks,
@@ -59,7 +59,6 @@ def block_selection(
         num_sink_blocks=num_sink_blocks,
         num_local_blocks=num_local_blocks,
       ),
-      mass_budget=None if top_p in (None, 1.0) else top_p,
       count_budget=top_k,
       room=max_blocks,
     ),
@@ -72,7 +71,7 @@ def block_selection(
     num_stages=1,
     interpret=interpret,
     name="block_selection",
-  )(scores, q_len, kv_len, q_offset)
+  )(scores, q_len, kv_len, q_offset, mass_budget)
   return (
     indices[:, :, :num_q_blocks, :max_blocks],
     counts[:, :, :num_q_blocks],
@@ -85,6 +84,7 @@ def _kernel(
   q_len_ref,  # int32 [batch]
   kv_len_ref,  # int32 [batch]
   q_offset_ref,  # int32 [batch]
+  mass_budget_ref,  # float32 [num_mask_heads]
   indices_ref,  # int32 [batch, num_mask_heads, num_q_blocks, width]
   counts_ref,  # int32 [batch, num_mask_heads, num_q_blocks]
   num_selected_ref,  # int32 [batch, num_mask_heads, num_q_blocks]
@@ -94,7 +94,6 @@ def _kernel(
   num_kv_blocks,
   block_q,
   rule,
-  mass_budget,
   count_budget,
   room,
 ):
@@ -115,7 +114,7 @@ def _kernel(
     scores,
     admissible & is_block,
     forced & is_block,
-    mass_budget,
+    jnp.broadcast_to(mass_budget_ref[head], (rows,)),
     count_budget,
     room,
   )

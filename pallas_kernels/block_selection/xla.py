@@ -11,11 +11,11 @@ def block_selection(
   q_len,  # int32 [batch]
   kv_len,  # int32 [batch]
   q_offset,  # int32 [batch]
+  mass_budget,  # float32 [num_mask_heads]; infinity: none
   *,
   block_q,
   block_kv,
   causal,
-  top_p,
   top_k,
   num_sink_blocks,
   num_local_blocks,
@@ -46,7 +46,7 @@ def block_selection(
     scores,
     admissible,
     forced,
-    None if top_p in (None, 1.0) else top_p,
+    jnp.broadcast_to(mass_budget[None, :, None], shape[:3]).reshape(-1),
     top_k,
     max_blocks,
   )

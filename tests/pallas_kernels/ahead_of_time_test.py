@@ -88,7 +88,8 @@ def selection(module, **budget):
     **budget,
   )
   block_scores = array(1, 4, blocks, blocks, dtype=jnp.float32)
-  return fn, (block_scores, array(1), array(1), array(1))
+  mass_budget = array(4, dtype=jnp.float32)
+  return fn, (block_scores, array(1), array(1), array(1), mass_budget)
 
 
 def pooling(module, dtype, head_dim):
@@ -103,12 +104,8 @@ TRITON = {
   "attention_float32_256": attention(attention_triton, jnp.float32, 256),
   "scores": scores(scores_triton),
   "columns": columns(columns_triton, jnp.bfloat16),
-  "selection_top_p": selection(
-    selection_triton, top_p=0.9, top_k=None, max_blocks=32
-  ),
-  "selection_top_k": selection(
-    selection_triton, top_p=None, top_k=8, max_blocks=20
-  ),
+  "selection_top_p": selection(selection_triton, top_k=None, max_blocks=32),
+  "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
 }
 # With the number of Triton kernels in each.
 KERNELS = {"columns": 2}

@@ -136,6 +136,16 @@ class BlockSelectionSuite:
     settings.pop("top_p")
     self.check(scores, dict(settings, top_k=3))
 
+  def test_one_share_for_each_head(self):
+    scores, settings = make_case("ragged", "half")
+    shares = [0.5, 1.0, 0.9]
+    settings["top_p"] = jnp.asarray(shares, jnp.float32)
+    together = self.run(scores, settings)
+    for head, share in enumerate(shares):
+      alone = self.run(scores, dict(settings, top_p=share))
+      for some, every in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(some[:, head], every[:, head])
+
   def test_any_scores_with_top_k(self):
     scores, settings = make_case("ragged", "five")
     self.check(jnp.log(scores + 1e-3), settings)
@@ -168,3 +178,5 @@ class BriefSuite(BlockSelectionSuite):
 
   # The cases above see this too.
   test_suite_sees_one_wrong_block = None
+
+  test_any_scores_with_top_k = None
