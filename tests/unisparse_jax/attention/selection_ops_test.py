@@ -1,4 +1,7 @@
-"""The kernels' chain of ops chooses what the UniSparse pattern chooses."""
+"""The chain of ops, on any back end, chooses what a sort of exact scores does.
+
+And the UniSparse pattern, which is that chain, too.
+"""
 
 import functools
 
@@ -14,6 +17,7 @@ from pallas_kernels.composite_scores import api as scores_api
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
 from tests import helpers
+from unisparse_jax.attention import block_mask, scoring
 from unisparse_jax.attention.patterns import unisparse
 
 # settings of the pattern, lengths, positions
@@ -99,6 +103,45 @@ def by_ops(
   )
 
 
+def by_sort(pattern, q, k, *, causal=True, q_offset=0, kv_len=None):
+  """The pattern's selection from the reference scores, by a full sort."""
+  grid = block_mask.BlockGrid.create(
+    q,
+    k,
+    block_q=pattern.block_q,
+    block_kv=pattern.block_kv,
+    causal=causal,
+    q_offset=q_offset,
+    kv_len=kv_len,
+  )
+  q_means, q_counts, k_means, k_counts = pattern._composites(q, k, grid)
+  scores = pallas_kernels.composite_scores(
+    q_means,
+    k_means,
+    q_counts,
+    k_counts,
+    window_q=pattern.window_q,
+    window_kv=pattern.window_kv,
+    block_q=pattern.block_q,
+    block_kv=pattern.block_kv,
+    causal=causal,
+    q_offset=q_offset,
+    implementation="reference",
+  )
+  return scoring.select_blocks(
+    grid,
+    scores,
+    scoring.forced_blocks(
+      grid,
+      num_sink_blocks=pattern.num_sink_blocks if causal else 0,
+      num_local_blocks=pattern.num_local_blocks if causal else 0,
+    ),
+    top_p=pattern.top_p if pattern.top_k is None else None,
+    top_k=pattern.top_k,
+    max_blocks=pattern.max_blocks,
+  )
+
+
 def interpreted(op, table, back_end):
   """A public op whose named back end runs in an interpreter."""
 
@@ -155,12 +198,14 @@ def test_ops_choose_what_the_pattern_chooses(implementation, name):
   @jax.jit
   def run(q, k, offsets):
     mask = pattern.select(q, k, **offsets, **statics)
+    expected = by_sort(pattern, q, k, **offsets, **statics)
     lists = by_ops(
       pattern, q, k, **offsets, **statics, score=score, choose=choose
     )
-    return mask, lists
+    return mask, expected, lists
 
-  mask, (indices, counts, selected) = run(q, k, offsets)
+  mask, expected, (indices, counts, selected) = run(q, k, offsets)
+  jax.tree.map(np.testing.assert_array_equal, mask, expected)
   assert 0 < float(counts.mean()) < indices.shape[-1]
   np.testing.assert_array_equal(np.asarray(counts), mask.num_kv_blocks)
   np.testing.assert_array_equal(np.asarray(indices), mask.kv_block_indices)

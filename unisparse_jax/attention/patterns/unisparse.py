@@ -7,17 +7,12 @@ tail treatment could not be read; what stands here was chosen by measurement.
 """
 
 import dataclasses
-import math
 
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask, scoring
-
-_STRIP_ELEMENTS = 1 << 22  # float32 composite scores held at once: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,14 +73,11 @@ class UniSparse:
       kv_len=kv_len,
     )
     scores = self.block_scores(q, k, grid, scale=scale)
-    return scoring.select_blocks(
+    return scoring.best_blocks(
       grid,
       scores,
-      scoring.forced_blocks(
-        grid,
-        num_sink_blocks=self.num_sink_blocks if causal else 0,
-        num_local_blocks=self.num_local_blocks if causal else 0,
-      ),
+      num_sink_blocks=self.num_sink_blocks if causal else 0,
+      num_local_blocks=self.num_local_blocks if causal else 0,
       top_p=self.top_p if self.top_k is None else None,
       top_k=self.top_k,
       max_blocks=self.max_blocks,
@@ -109,74 +101,22 @@ class UniSparse:
     """
     checks.check_qkv(q, k, None)
     checks.check_scale(scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_composites, q_counts, k_composites, k_counts = self._composites(
       q, k, grid
     )
-    batch, _, num_groups, head_dim = q_composites.shape
-    num_k_groups = k_composites.shape[2]
-    rows = self.block_q // self.window_q
-    per_block = self.block_kv // self.window_kv
-    num_q_blocks, num_kv_blocks = grid.num_q_blocks, grid.num_kv_blocks
-
-    def pad_to(x, num_blocks, per):
-      missing = num_blocks * per - x.shape[1]
-      return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-
-    q_composites = pad_to(q_composites, num_q_blocks, rows) * scale
-    q_counts = pad_to(q_counts, num_q_blocks, rows)
-    k_composites = pad_to(k_composites, num_kv_blocks, per_block)
-    k_counts = pad_to(k_counts, num_kv_blocks, per_block)
-    # Short tail composites weigh as many tokens as they hold.
-    k_bias = jnp.log(jnp.maximum(k_counts, 1).astype(jnp.float32))
-    k_bias -= math.log(self.window_kv)
-    # First key of each composite, last query of each: absolute positions.
-    first_key = jnp.arange(k_counts.shape[1], dtype=jnp.int32) * self.window_kv
-
-    # [num_q_blocks, batch, rows, num_k_groups, groups per k group, head_dim]
-    strips = q_composites.reshape(
-      batch, num_q_blocks, rows, num_k_groups, -1, head_dim
+    return pallas_kernels.composite_scores(
+      q_composites,
+      k_composites,
+      q_counts,
+      k_counts,
+      window_q=self.window_q,
+      window_kv=self.window_kv,
+      block_q=self.block_q,
+      block_kv=self.block_kv,
+      causal=grid.causal,
+      scale=scale,
+      q_offset=grid.q_offset,
     )
-    strips = jnp.moveaxis(strips, 1, 0)
-    strip_counts = jnp.moveaxis(
-      q_counts.reshape(batch, num_q_blocks, rows), 1, 0
-    )
-
-    def score_strip(operands):
-      strip, counts, index = operands
-      logits = jnp.einsum(
-        "brghd,bwgd->bghrw",
-        strip,
-        k_composites,
-        preferred_element_type=jnp.float32,
-      )
-      logits += k_bias[:, None, None, None, :]
-      visible = (k_counts > 0)[:, None, None, None, :]
-      if grid.causal:
-        row = jnp.arange(rows, dtype=jnp.int32)
-        last = index * self.block_q + (row + 1) * self.window_q
-        last = jnp.minimum(last, grid.q_len) - 1
-        last = last[None, :] + grid.q_offset[:, None]
-        visible &= (
-          first_key[None, None, None, None, :] <= last[:, None, None, :, None]
-        )
-      logits = jnp.where(visible, logits, -1e30)
-      logits -= logits.max(-1, keepdims=True)
-      p = jnp.where(visible, jnp.exp(logits), 0.0)
-      total = p.sum(-1, keepdims=True)
-      weight = counts.astype(jnp.float32)
-      weight /= jnp.maximum(weight.sum(-1, keepdims=True), 1.0)
-      p *= weight[:, None, None, :, None] / jnp.where(total == 0.0, 1.0, total)
-      by_block = p.sum(3).reshape(batch, num_groups, num_kv_blocks, per_block)
-      return by_block.sum(-1)
-
-    strip_elements = batch * num_groups * rows * k_counts.shape[1]
-    at_once = max(1, min(num_q_blocks, _STRIP_ELEMENTS // strip_elements))
-    indices = jnp.arange(num_q_blocks, dtype=jnp.int32)
-    scores = lax.map(
-      score_strip, (strips, strip_counts, indices), batch_size=at_once
-    )
-    return jnp.moveaxis(scores, 0, 2)
 
   def _composites(self, q, k, grid):
     """Composite queries and keys, grouped so that their heads match."""
