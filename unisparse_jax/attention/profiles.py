@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask
 
@@ -113,6 +114,42 @@ def attention_of_rows(
   sums = lax.map(one_head, tasks)
   columns, slashes = (x.reshape(batch, num_heads, capacity) for x in sums)
   return columns, slashes
+
+
+def columns_of_rows(
+  q: Float[Array, "batch q_len num_heads head_dim"],
+  k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+  grid: block_mask.BlockGrid,
+  rows: Int[Array, "batch num_rows"],
+  is_counted: Bool[Array, "batch num_rows"],
+  *,
+  scale: float | None = None,
+) -> Float[Array, "batch num_heads kv_len"]:
+  """The columns of `attention_of_rows` alone, by one op with kernels.
+
+  Args:
+    q: [batch, q_len, num_heads, head_dim].
+    k: [batch, kv_len, num_kv_heads, head_dim].
+    grid: causality and lengths.
+    rows: int32, query indices; ascending is fastest.
+    is_counted: which of the rows enter the sums; others may be out of range.
+    scale: softmax scale; default head_dim ** -0.5.
+
+  Returns:
+    float32 [batch, num_heads, kv_len], sum over the rows of the probability of
+    each key.
+  """
+  index = jnp.clip(rows, 0, grid.q_len - 1)
+  # Without causality the op asks the sign of a position alone.
+  positions = rows + grid.q_offset[:, None] if grid.causal else index
+  return pallas_kernels.column_score_sampling(
+    jnp.take_along_axis(q, index[:, :, None, None], axis=1),
+    k,
+    jnp.where(is_counted, positions, -1),
+    causal=grid.causal,
+    scale=scale,
+    kv_len=grid.kv_len,
+  )
 
 
 def last_rows(

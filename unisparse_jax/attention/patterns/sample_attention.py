@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask, profiles, scoring
 
-_ROWS_PER_STRIP = 64
 _SHARE_UNITS = 10_000  # shares of a length are exact to this fraction
 
 
@@ -165,7 +164,7 @@ class SampleAttentionV1:
       q_offset=q_offset,
       kv_len=kv_len,
     )
-    columns, _ = profiles.attention_of_rows(
+    columns = profiles.columns_of_rows(
       q, k, grid, *self._sampled_rows(grid), scale=scale
     )
     share = scoring.per_head("top_p", self.top_p, q.shape[2])
@@ -191,7 +190,7 @@ class SampleAttentionV1:
     )
 
   def _sampled_rows(self, grid):
-    """Rows at a stride and the last: [batch, strips, _ROWS_PER_STRIP]."""
+    """Rows at a stride and the last: [batch, num_rows]."""
     length = profiles.num_queries(grid)[:, None]
     count = _share_of(self.sample_share, length)
     most = _share_of(self.sample_share, grid.q_len)
@@ -202,13 +201,7 @@ class SampleAttentionV1:
     is_counted = (index < count) | (
       is_last & (rows - length // count < length - 1)
     )
-    rows = jnp.where(is_last, length - 1, rows)
-    pad = -(most + 1) % _ROWS_PER_STRIP
-    shape = (grid.batch, -1, _ROWS_PER_STRIP)
-    rows, is_counted = (
-      jnp.pad(x, ((0, 0), (0, pad))).reshape(shape) for x in (rows, is_counted)
-    )
-    return rows, is_counted
+    return jnp.where(is_last, length - 1, rows), is_counted
 
 
 def _share_of(share: float, length):
