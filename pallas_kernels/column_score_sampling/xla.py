@@ -1,9 +1,13 @@
-"""Any-device back end: strips of sampled rows, one after another."""
+"""Any-device back end: strips of sampled rows, head by head.
+
+A strip's logits stay in a CPU's cache: strips of all heads at once, of 32 MiB,
+took five to ten times as long at 8K keys.
+"""
 
 import jax.numpy as jnp
 from jax import lax
 
-_STRIP_ELEMENTS = 1 << 23  # float32 logits held at once: 32 MiB
+_ROWS_PER_STRIP = 64
 
 
 def column_score_sampling(
@@ -16,35 +20,36 @@ def column_score_sampling(
   """See `api.column_score_sampling`."""
   batch, num_rows, num_heads, head_dim = q.shape
   kv_len, num_kv_heads = k.shape[1:3]
-  per_strip = max(1, _STRIP_ELEMENTS // (batch * num_heads * kv_len))
-  per_strip = min(per_strip, num_rows)
+  group = num_heads // num_kv_heads
+  per_strip = min(_ROWS_PER_STRIP, num_rows)
   missing = -num_rows % per_strip
   last_keys = jnp.pad(last_keys, ((0, 0), (0, missing)), constant_values=-1)
   q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
-  # [strips, batch, rows, num_kv_heads, heads per kv head, head_dim]
-  q = q.reshape(
-    batch, -1, per_strip, num_kv_heads, num_heads // num_kv_heads, head_dim
-  )
+  # [batch, num_kv_heads, strips, group, per_strip, head_dim]
+  q = q.reshape(batch, -1, per_strip, num_kv_heads, group, head_dim)
+  q = jnp.transpose(q, (0, 3, 1, 4, 2, 5))
   last_keys = last_keys.reshape(batch, -1, per_strip)
   key = jnp.arange(kv_len, dtype=jnp.int32)
 
-  def add_strip(total, operands):
-    q, last = operands
-    logits = scale * jnp.einsum(
-      "brghd,bjgd->bghrj", q, k, preferred_element_type=jnp.float32
-    )
-    visible = key[None, None, :] <= last[:, :, None]
-    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    top = logits.max(-1, keepdims=True)
-    p = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
-    row_sum = p.sum(-1, keepdims=True)
-    p /= jnp.where(row_sum == 0.0, 1.0, row_sum)
-    return total + p.sum(3), None
+  def one_head(task):
+    b, kv_head = task // num_kv_heads, task % num_kv_heads
+    keys = k[b, :, kv_head]
 
-  zeros = jnp.zeros(
-    (batch, num_kv_heads, num_heads // num_kv_heads, kv_len), jnp.float32
-  )
-  total, _ = lax.scan(
-    add_strip, zeros, (jnp.moveaxis(q, 1, 0), jnp.moveaxis(last_keys, 1, 0))
-  )
-  return total.reshape(batch, num_heads, kv_len)
+    def add_strip(total, strip):
+      queries, last = strip
+      logits = scale * jnp.einsum(
+        "grd,kd->grk", queries, keys, preferred_element_type=jnp.float32
+      )
+      visible = key[None, :] <= last[:, None]
+      logits = jnp.where(visible[None], logits, -jnp.inf)
+      top = logits.max(-1, keepdims=True)
+      p = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+      mass = p.sum(-1, keepdims=True)
+      p /= jnp.where(mass == 0.0, 1.0, mass)
+      return total + p.sum(1), None
+
+    zeros = jnp.zeros((group, kv_len), jnp.float32)
+    return lax.scan(add_strip, zeros, (q[b, kv_head], last_keys[b]))[0]
+
+  scores = lax.map(one_head, jnp.arange(batch * num_kv_heads))
+  return scores.reshape(batch, num_heads, kv_len)
