@@ -5,6 +5,8 @@ from jax import lax
 
 from pallas_kernels.composite_scores import layout
 
+# Finite: infinities, through the exponential, cost a CPU half as much again.
+_MASKED = -1e30
 _STRIP_ELEMENTS = 1 << 22  # float32 composite scores held at once: 16 MiB
 
 
@@ -29,7 +31,7 @@ def composite_scores(
   batch, num_q, num_groups, head_dim = q.shape
   num_k, num_k_groups = k.shape[1:3]
   num_q_blocks, num_kv_blocks = num_q // rows, num_k // columns
-  bias = layout.key_bias(k_counts, window_kv)
+  bias = jnp.maximum(layout.key_bias(k_counts, window_kv), _MASKED)
   first_key = jnp.arange(num_k, dtype=jnp.int32) * window_kv
 
   def strips(x):  # [batch, num_q, ...] to [num_q_blocks, batch, rows, ...]
@@ -43,11 +45,13 @@ def composite_scores(
       "brghd,bwgd->bghrw", q, k, preferred_element_type=jnp.float32
     )
     logits += bias[:, None, None, None, :]
+    visible = (k_counts > 0)[:, None, None, None, :]
     if causal:
-      visible = first_key[None, None, :] <= last[:, :, None]
-      logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    top = logits.max(-1, keepdims=True)
-    p = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+      is_past = first_key[None, None, :] <= last[:, :, None]
+      visible &= is_past[:, None, None]
+    logits = jnp.where(visible, logits, _MASKED)
+    logits -= logits.max(-1, keepdims=True)
+    p = jnp.where(visible, jnp.exp(logits), 0.0)
     total = p.sum(-1, keepdims=True)
     p *= weight[:, None, None, :, None] / jnp.where(total == 0.0, 1.0, total)
     p = p.sum(3).reshape(batch, num_groups, num_kv_blocks, columns)
