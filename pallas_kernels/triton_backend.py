@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import device
+
 try:
   from jax.experimental.pallas import triton as plgpu
 except ImportError as error:  # a JAX that has dropped Triton
@@ -43,14 +45,13 @@ def target(capability: int | None, interpret: bool) -> int:
   if capability is None:
     if interpret:
       return 80
-    device = jax.devices()[0]
-    found = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or not found:
+    found = device.nvidia_compute_capability()
+    if found is None:
       raise NotImplementedError(
-        f"triton needs an NVIDIA GPU; got {device.device_kind}. "
+        f"triton needs an NVIDIA GPU; got {jax.devices()[0].device_kind}. "
         'Use implementation="xla".'
       )
-    capability = int(str(found).replace(".", ""))
+    capability = 10 * found[0] + found[1]
   if capability < OLDEST:
     raise NotImplementedError(
       f"triton needs compute capability >= 8.0; got {capability / 10}. "
