@@ -4,9 +4,14 @@ Each op is a folder with one public function; `implementation=` names the
 back end and the file that holds it.
 """
 
+from pallas_kernels.block_selection import block_selection as block_selection
 from pallas_kernels.block_sparse_attention import (
   block_sparse_attention as block_sparse_attention,
+)
+from pallas_kernels.column_score_sampling import (
+  column_score_sampling as column_score_sampling,
 )
 from pallas_kernels.composite_pooling import (
   composite_pooling as composite_pooling,
 )
+from pallas_kernels.composite_scores import composite_scores as composite_scores

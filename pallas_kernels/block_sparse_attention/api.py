@@ -6,10 +6,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu,
+  mosaic_tpu,
+  reference,
+  triton,
+  xla,
+)
 
 IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu.block_sparse_attention,
   "reference": reference.block_sparse_attention,
+  "triton": triton.block_sparse_attention,
+  "mosaic_tpu": mosaic_tpu.block_sparse_attention,
   "xla": xla.block_sparse_attention,
 }
 
@@ -54,8 +63,9 @@ def block_sparse_attention(
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
     kv_len: number of valid keys; scalar or [batch]; default all of k.
-    implementation: "xla", "reference", a sequence to try in order, or None for
-      this platform's default.
+    implementation: "mosaic_gpu" (Hopper), "triton" (NVIDIA GPUs of compute
+      capability 8.0 and newer), "mosaic_tpu", "xla" (any device), "reference",
+      a sequence to try in order, or None for this platform's default.
 
   Returns:
     out, [batch, q_len, num_heads, head_dim], dtype of q; rows without keys: 0.

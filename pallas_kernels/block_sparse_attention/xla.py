@@ -89,7 +89,8 @@ class _Layout:
     self.units = self.num_heads // self.group
     self.num_q_blocks = math.ceil(self.q_len / self.block_q)
     self.num_kv_blocks = math.ceil(self.kv_len / self.block_kv)
-    self.step = min(step, self.num_kv_blocks)
+    # A step reads no more slots than a list has.
+    self.step = min(step, self.num_kv_blocks, indices.shape[3])
     self.backward_step = min(_BACKWARD_STEP, self.num_kv_blocks)
 
   def to_q_tiles(self, x):

@@ -3,9 +3,12 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.composite_pooling import reference
+from pallas_kernels.composite_pooling import mosaic_tpu, reference
 
-IMPLEMENTATIONS = {"reference": reference.composite_pooling}
+IMPLEMENTATIONS = {
+  "reference": reference.composite_pooling,
+  "mosaic_tpu": mosaic_tpu.composite_pooling,
+}
 
 
 def composite_pooling(
@@ -27,7 +30,8 @@ def composite_pooling(
     head_group: consecutive heads in one composite; divides num_heads.
     length: number of valid tokens; scalar or [batch]; default all. Tokens past
       it enter no mean.
-    implementation: "reference" or None.
+    implementation: "mosaic_tpu", "reference" (any device), a sequence to try
+      in order, or None for this platform's default.
 
   Returns:
     Means, float32 [batch, ceil(len / window), num_heads // head_group,

@@ -3,13 +3,13 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import checks, dispatch
+from pallas_kernels.block_sparse_attention import columns as columns_op
 from unisparse_jax.attention import block_mask
 
 
@@ -79,7 +79,10 @@ def sparse_attention(
     implementation=implementation,
   )
   if mask.columns is not None:
-    out, lse = merge((out, lse), column_attention(q, k, v, mask, scale=scale))
+    by_columns = column_attention(
+      q, k, v, mask, scale=scale, implementation=implementation
+    )
+    out, lse = merge((out, lse), by_columns)
   return (out, lse) if return_lse else out
 
 
@@ -110,7 +113,9 @@ def merge(first, second):
   return out.astype(out_a.dtype), lse
 
 
-def column_attention(q, k, v, mask: block_mask.BlockMask, *, scale=None):
+def column_attention(
+  q, k, v, mask: block_mask.BlockMask, *, scale=None, implementation=None
+):
   """Attention over a mask's columns alone, without those its blocks hold.
 
   Each head's columns are gathered once into a compact array. A key whose block
@@ -122,84 +127,47 @@ def column_attention(q, k, v, mask: block_mask.BlockMask, *, scale=None):
     v: as k.
     mask: a mask with columns.
     scale: softmax scale; default head_dim ** -0.5.
+    implementation: back end; "xla" where the named one has no columns.
 
   Returns:
     (out, lse) as of `sparse_attention`.
   """
   grid, columns = mask.grid, mask.columns
   assert columns is not None, "the caller checks that there are columns"
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  batch, q_len, num_heads, head_dim = q.shape
-  num_units = (
-    mask.num_mask_heads
-    * k.shape[2]
-    // math.gcd(mask.num_mask_heads, k.shape[2])
-  )
+  num_units = math.lcm(mask.num_mask_heads, k.shape[2])
   to_units = functools.partial(_spread_heads, num_units=num_units)
   # [batch, units, max_columns]
   positions = to_units(columns.column_indices, axis=1)
   counts = to_units(columns.num_columns, axis=1)
-  is_listed = to_units(mask.to_dense(), axis=1)
 
-  def gather(x):  # [batch, kv_len, num_kv_heads, d] -> [batch, units, cols, d]
-    by_unit = to_units(jnp.moveaxis(x, 2, 1), axis=1)
-    return jnp.take_along_axis(by_unit, positions[..., None], axis=2)
+  def gather(x):  # [batch, kv_len, num_kv_heads, d] -> [batch, cols, units, d]
+    by_unit = to_units(x, axis=2)
+    return jnp.take_along_axis(
+      by_unit, jnp.moveaxis(positions, 1, 2)[..., None], axis=1
+    )
 
-  k_columns, v_columns = gather(k), gather(v)
   slot = lax.broadcasted_iota(jnp.int32, positions.shape, 2)
   is_valid = (slot < counts[..., None]) & (
     positions < grid.kv_len[:, None, None]
   )
-
-  pad = grid.num_q_blocks * grid.block_q - q_len
-  # [num_q_blocks, batch, units, group, block_q, head_dim]
-  q_blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  q_blocks = q_blocks.reshape(
-    batch, grid.num_q_blocks, grid.block_q, num_units, -1, head_dim
+  # A row's own blocks hold these columns already.
+  in_block = jnp.take_along_axis(
+    to_units(mask.to_dense(), axis=1),
+    (positions // grid.block_kv)[:, :, None, :],
+    axis=-1,
   )
-  q_blocks = jnp.transpose(q_blocks, (1, 0, 3, 4, 2, 5))
-
-  @jax.checkpoint
-  def attend_block(operands):
-    q_block, index = operands
-    # A row's own blocks hold these columns already: [batch, units, columns]
-    in_block = jnp.take_along_axis(
-      is_listed[:, :, index], positions // grid.block_kv, axis=-1
-    )
-    visible = (is_valid & ~in_block)[:, :, None, :]
-    if grid.causal:
-      row = jnp.arange(grid.block_q, dtype=jnp.int32)[None, :]
-      row += grid.q_offset[:, None] + index * grid.block_q
-      visible &= positions[:, :, None, :] <= row[:, None, :, None]
-    visible = visible[:, :, None]  # over the heads of a unit
-    attn_logits = scale * jnp.einsum(
-      "bugqd,bucd->bugqc",
-      q_block,
-      k_columns,
-      preferred_element_type=jnp.float32,
-    )
-    attn_logits = jnp.where(visible, attn_logits, -1e30)
-    top = lax.stop_gradient(attn_logits.max(-1, keepdims=True))
-    p = jnp.where(visible, jnp.exp(attn_logits - top), 0.0)
-    total = p.sum(-1)
-    safe = jnp.where(total == 0.0, 1.0, total)
-    out = jnp.einsum(
-      "bugqc,bucd->bugqd",
-      p.astype(v.dtype),
-      v_columns,
-      preferred_element_type=jnp.float32,
-    )
-    lse = jnp.where(total == 0.0, -jnp.inf, top[..., 0] + jnp.log(safe))
-    return (out / safe[..., None]).astype(q.dtype), lse
-
-  indices = jnp.arange(grid.num_q_blocks, dtype=jnp.int32)
-  out, lse = lax.map(attend_block, (q_blocks, indices))
-  # [num_q_blocks, batch, units, group, block_q, ..] to [batch, q_len, heads]
-  out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(
-    batch, -1, num_heads, head_dim
+  is_seen = is_valid[:, :, None, :] & ~in_block
+  return columns_op.column_attention(
+    q,
+    gather(k),
+    gather(v),
+    jnp.where(is_seen, positions[:, :, None, :], columns_op.NEVER),
+    block_q=grid.block_q,
+    causal=grid.causal,
+    scale=scale,
+    q_offset=grid.q_offset,
+    implementation=columns_op.with_columns(implementation),
   )
-  lse = jnp.transpose(lse, (1, 0, 4, 2, 3)).reshape(batch, -1, num_heads)
-  return out[:, :q_len], lse[:, :q_len]
 
 
 def _spread_heads(x, *, num_units, axis):

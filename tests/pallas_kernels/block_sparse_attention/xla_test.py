@@ -28,6 +28,21 @@ class TestXla(suite.BlockSparseAttentionSuite):
     expected, _ = helpers.numpy_attention(*arrays[:3], kept, scale=0.25)
     helpers.assert_same(out, expected, 2e-6)
 
+  def test_lists_shorter_than_a_step(self):
+    (q, k, v, indices, _), settings, _ = suite.make_case("square")
+    lists = (indices[..., :2], jnp.full(indices.shape[:3], 2, jnp.int32))
+
+    def loss(implementation, *args):
+      out, _ = suite.pallas_kernels.block_sparse_attention(
+        *args, *lists, **settings, implementation=implementation
+      )
+      return jnp.sum(out**2)
+
+    actual = jax.value_and_grad(loss, (1, 2, 3))("xla", q, k, v)
+    expected = jax.value_and_grad(loss, (1, 2, 3))("reference", q, k, v)
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+      helpers.assert_same(a, e, 3e-6)
+
   def test_memory_is_linear_in_length(self):
     def temporary_bytes(length):
       q, k, v = helpers.make_qkv(q_len=length, head_dim=64)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of block-sparse attention beside its peers, on the same inputs.
+
+For each size and density: our kernel; once for each size: the dense peers
+(cuDNN through JAX, JAX's own Mosaic GPU kernel, tokamax, PyTorch's
+FlashAttention-2 and cuDNN) and, at each density, PyTorch's FlexAttention with
+the same block mask. TFLOP/s count the products of the kept blocks; the causal
+half of all pairs for dense peers. Writes WORKDIR/records.jsonl, a line a
+measurement, and WORKDIR/speed.png.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.figure
+import rich.console
+import rich.table
+from absl import app
+
+from experiments import attention_speed_config as speed_config
+from experiments import attention_speed_run as speed_run
+from experiments import flags_and_configs
+from unisparse_jax import records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = speed_config.parse(_CONFIG.value)
+  flags_and_configs.start_jax()
+  workdir = records.claim_workdir(_WORKDIR.value, records.to_json(config))
+  path = workdir / "records.jsonl"
+  writer = records.RecordWriter(path, config)
+  console = rich.console.Console()
+  measured = []
+  for record in _measure(config):
+    measured.append(writer.write(**record))
+    console.print(_line(record), highlight=False)
+  rows = add_ratios(measured)
+  console.print(_table(rows))
+  _figure(rows).savefig(workdir / "speed.png", dpi=110)
+  console.print(f"{path}\n{workdir / 'speed.png'}", highlight=False)
+
+
+def _measure(config: speed_config.Config) -> Iterator[dict[str, Any]]:
+  """Every record: PyTorch's first, while JAX holds no memory."""
+  if any(set(c.peers) & set(speed_config.TORCH_PEERS) for c in config.cases):
+    yield from _measure_torch(config)
+  for case in config.cases:
+    yield from speed_run.measure_case(config, case)
+
+
+def _measure_torch(config: speed_config.Config) -> Iterator[dict[str, Any]]:
+  request = json.dumps(_without_types(records.to_json(config)))
+  try:
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.attention_speed_torch"],
+      input=request,
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=config.torch_timeout_s,
+      cwd=_ROOT,
+      check=True,
+    )
+    output, error = done.stdout, None
+  except subprocess.TimeoutExpired as expired:
+    output = (expired.stdout or b"").decode()
+    error = f"stopped after {config.torch_timeout_s} s"
+  except subprocess.CalledProcessError as failed:
+    output, error = failed.stdout, f"exit status {failed.returncode}"
+  for line in output.splitlines():
+    if line.startswith("{"):
+      yield json.loads(line)
+  if error:
+    yield {"method": "torch", "error": error}
+
+
+def _without_types(value):
+  """`records.to_json` names each dataclass; a config does not."""
+  if isinstance(value, dict):
+    return {k: _without_types(v) for k, v in value.items() if k != "type"}
+  if isinstance(value, list):
+    return [_without_types(item) for item in value]
+  return value
+
+
+def add_ratios(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Timed records, each with the fastest dense peer of its size beside it.
+
+  Args:
+    measured: records; those with an error or of selection alone are kept.
+
+  Returns:
+    Copies with "best_dense" (name), "speed_up" (time of the best dense peer
+    over this time) and "rate_ratio" (this TFLOP/s over the best peer's), where
+    that size and direction has a dense peer.
+  """
+  best: dict[tuple, dict[str, Any]] = {}
+  for record in measured:
+    if record["method"] in speed_config.DENSE and "median_ms" in record:
+      key = _size(record)
+      if key not in best or record["median_ms"] < best[key]["median_ms"]:
+        best[key] = record
+  rows = []
+  for record in measured:
+    row = dict(record)
+    peer = best.get(_size(record))
+    if peer and "median_ms" in record:
+      row["best_dense"] = peer["method"]
+      row["speed_up"] = peer["median_ms"] / record["median_ms"]
+      if "tflops" in record:
+        row["rate_ratio"] = record["tflops"] / peer["tflops"]
+    rows.append(row)
+  return rows
+
+
+def _size(record):
+  return (
+    record.get("length"),
+    record.get("head_dim"),
+    record.get("direction", "forward"),
+  )
+
+
+def _line(record):
+  name = " ".join(
+    str(record[key])
+    for key in ("length", "head_dim", "direction", "method", "density")
+    if key in record
+  )
+  if "error" in record:
+    return f"{name}: {record['error']}"
+  rate = f", {record['tflops']:.0f} TFLOP/s" if "tflops" in record else ""
+  return f"{name}: {record['median_ms']:.3f} ms{rate}"
+
+
+def _table(rows):
+  table = rich.table.Table(title="Attention, one layer")
+  columns = ("length", "head_dim", "direction", "method", "density")
+  for column in (*columns, "ms", "TFLOP/s", "times best dense", "rate ratio"):
+    table.add_column(column, justify="right")
+  for row in rows:
+    if "median_ms" not in row:
+      continue
+    table.add_row(
+      *(str(row.get(column, "")) for column in columns),
+      f"{row['median_ms']:.3f}",
+      f"{row['tflops']:.0f}" if "tflops" in row else "",
+      f"{row['speed_up']:.2f}" if "speed_up" in row else "",
+      f"{row['rate_ratio']:.2f}" if "rate_ratio" in row else "",
+    )
+  return table
+
+
+def _figure(rows):
+  """TFLOP/s on the kept blocks against density, a panel a size."""
+  timed = [row for row in rows if "tflops" in row]
+  sizes = sorted({_size(row) for row in timed})
+  figure = matplotlib.figure.Figure(
+    figsize=(4.2 * max(len(sizes), 1), 3.6), layout="constrained"
+  )
+  axes = figure.subplots(1, max(len(sizes), 1), squeeze=False)[0]
+  for axis, size in zip(axes, sizes, strict=False):
+    here = [row for row in timed if _size(row) == size]
+    for method in dict.fromkeys(row["method"] for row in here):
+      points = sorted(
+        (row["density"], row["tflops"])
+        for row in here
+        if row["method"] == method
+      )
+      if method in speed_config.DENSE:
+        axis.axhline(points[0][1], ls=":", lw=1, color="#5b6472")
+        axis.annotate(
+          method, (0.05, points[0][1]), fontsize=7, va="bottom", color="#5b6472"
+        )
+      else:
+        axis.plot(*zip(*points, strict=True), marker="o", label=method)
+    axis.set_xscale("log")
+    axis.set_xlabel("density of kept blocks")
+    axis.set_title(f"{size[0]:,} tokens, head dim {size[1]}, {size[2]}")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, loc="lower right")
+  axes[0].set_ylabel("TFLOP/s on kept blocks")
+  return figure
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs, clocks and JAX methods of the attention-speed experiment."""
+
+import functools
+import importlib.util
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from experiments import attention_speed_config as speed_config
+from unisparse_jax import attention
+
+
+def random_lists(
+  length: int, density: float, *, block: int, num_mask_heads: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Causal block lists: the diagonal block and others at random.
+
+  Args:
+    length: tokens.
+    density: share of the causal blocks that a row keeps, at least the diagonal.
+    block: tokens of a block.
+    num_mask_heads: number of independent masks.
+    seed: of the choice.
+
+  Returns:
+    int32 [1, num_mask_heads, blocks, max_blocks], descending, and int32
+    [1, num_mask_heads, blocks].
+  """
+  rng = np.random.default_rng(seed)
+  blocks = length // block
+  counts = np.maximum(1, np.round(density * np.arange(1, blocks + 1)))
+  counts = counts.astype(np.int32)
+  lists = np.zeros((1, num_mask_heads, blocks, counts.max()), np.int32)
+  for head in range(num_mask_heads):
+    for row, count in enumerate(counts):
+      others = rng.permutation(row)[: count - 1]
+      chosen = np.sort(np.append(others, row))[::-1]
+      lists[0, head, row, :count] = chosen
+  counts = np.broadcast_to(counts, (1, num_mask_heads, blocks))
+  return lists, np.ascontiguousarray(counts)
+
+
+def flops(kept_pairs: float, head_dim: int, *, backward: bool) -> float:
+  """Floating-point operations of two (forward) or five (backward) products."""
+  return (10 if backward else 4) * kept_pairs * head_dim
+
+
+def causal_pairs(length: int, num_heads: int) -> float:
+  """Query-key pairs of dense causal attention, half of all by convention."""
+  return num_heads * length * length / 2
+
+
+def clock(
+  fn: Callable[[], Any],
+  wait: Callable[[Any], Any],
+  *,
+  repeats: int,
+  group_ms: float,
+) -> dict[str, float]:
+  """Milliseconds a call: groups of calls queued back to back, then a wait.
+
+  Queueing hides the host's share, which the first call of a group pays alone.
+  """
+  wait(fn())
+  start = time.perf_counter()
+  wait(fn())
+  first_ms = 1e3 * (time.perf_counter() - start)
+  calls = max(1, round(group_ms / max(first_ms, 1e-3)))
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = fn()
+    wait(result)
+    times.append(1e3 * (time.perf_counter() - start) / calls)
+  return {
+    "median_ms": statistics.median(times),
+    "min_ms": min(times),
+    "max_ms": max(times),
+    "calls": calls * repeats,
+  }
+
+
+def make_inputs(config: speed_config.Config, case: speed_config.Case):
+  """q, k, v and a cotangent of the output, standard normal."""
+  keys = jax.random.split(jax.random.key(config.seed), 4)
+  heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+  heads = (*heads, config.num_heads)
+  return tuple(
+    jax.random.normal(
+      key, (1, case.length, h, case.head_dim), jnp.dtype(config.dtype)
+    )
+    for key, h in zip(keys, heads, strict=True)
+  )
+
+
+def measure_case(
+  config: speed_config.Config, case: speed_config.Case
+) -> Iterator[dict[str, Any]]:
+  """Records of ours, of the JAX peers and of the selectors for one size.
+
+  A method that fails yields a record with its error in place of a time.
+  """
+  q, k, v, d_out = make_inputs(config, case)
+  size = {"length": case.length, "head_dim": case.head_dim}
+  directions = ("forward", "backward") if case.backward else ("forward",)
+  for density in case.densities:
+    lists, counts = random_lists(
+      case.length,
+      density,
+      block=config.block,
+      num_mask_heads=config.num_mask_heads,
+      seed=config.seed,
+    )
+    per_mask = config.num_heads // config.num_mask_heads
+    pairs = float(counts.sum()) * per_mask * config.block**2
+    masks = (jnp.asarray(lists), jnp.asarray(counts))
+    for direction in directions:
+      yield {
+        **size,
+        "method": "ours",
+        "density": density,
+        "direction": direction,
+        **_time(
+          config,
+          functools.partial(_ours, config),
+          (q, k, v, d_out),
+          direction,
+          pairs,
+          masks,
+        ),
+      }
+  pairs = causal_pairs(case.length, config.num_heads)
+  for peer in case.peers:
+    if peer not in speed_config.JAX_PEERS:
+      continue
+    arrays = (q, k, v, d_out)
+    if peer == "attention_mgpu":  # its scratch is float16
+      arrays = tuple(x.astype(jnp.float16) for x in arrays)
+    for direction in directions:
+      if peer == "attention_mgpu" and direction == "backward":
+        continue  # it has none under a causal mask
+      yield {
+        **size,
+        "method": peer,
+        "density": 1.0,
+        "direction": direction,
+        **_time(config, _PEERS[peer], arrays, direction, pairs),
+      }
+  if case.selection:
+    for settings in config.selectors:
+      settings = dict(settings)
+      pattern = attention.make_pattern(settings.pop("method"), **settings)
+      yield {
+        **size,
+        "method": "selection",
+        "selector": repr(pattern),
+        **_time_call(config, lambda q, k, p=pattern: p.select(q, k), (q, k)),
+      }
+
+
+def _time(config, fn, arrays, direction, pairs, masks=()):
+  """Record of one method; the operations are those of the kept pairs."""
+  q, k, v, d_out = arrays
+  try:
+    if direction == "backward":
+      _, gradient = jax.vjp(lambda q, k, v: fn(q, k, v, *masks), q, k, v)
+      record = _time_call(config, lambda g, d: g(d), (gradient, d_out))
+    else:
+      record = _time_call(config, fn, (q, k, v, *masks))
+  except Exception as error:  # a peer's refusal is a result
+    return _failure(error)
+  if "error" not in record:
+    work = flops(pairs, q.shape[-1], backward=direction == "backward")
+    record["tflops"] = work / float(record["median_ms"]) / 1e9
+  return record
+
+
+def _time_call(config, fn, args):
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)
+      compiled = jax.jit(fn).lower(*args).compile()
+    record: dict[str, Any] = clock(
+      lambda: compiled(*args),
+      jax.block_until_ready,
+      repeats=config.repeats,
+      group_ms=config.group_ms,
+    )
+    memory = compiled.memory_analysis()
+    if memory is not None:
+      record["temporary_bytes"] = int(memory.temp_size_in_bytes)
+    return record
+  except Exception as error:
+    return _failure(error)
+
+
+def _failure(error):
+  return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _ours(config, q, k, v, lists, counts):
+  return pallas_kernels.block_sparse_attention(
+    q,
+    k,
+    v,
+    lists,
+    counts,
+    block_q=config.block,
+    block_kv=config.block,
+    implementation=config.implementation,
+  )[0]
+
+
+def _cudnn(q, k, v):
+  return jax.nn.dot_product_attention(
+    q, k, v, is_causal=True, implementation="cudnn"
+  )
+
+
+def _xla_dense(q, k, v):
+  return jax.nn.dot_product_attention(
+    q, k, v, is_causal=True, implementation="xla"
+  )
+
+
+def _attention_mgpu(q, k, v):
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+  # The block sizes of its own benchmark; it takes no scale.
+  tuning = attention_mgpu.TuningConfig(
+    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+  )
+  scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+  return attention_mgpu.attention(q * scale, k, v, tuning)
+
+
+def _tokamax(q, k, v):
+  if importlib.util.find_spec("tokamax") is None:
+    raise NotImplementedError("tokamax is not installed")
+  import tokamax  # pyright: ignore[reportMissingImports]
+
+  return tokamax.dot_product_attention(q, k, v, is_causal=True)
+
+
+_PEERS = {
+  "cudnn": _cudnn,
+  "attention_mgpu": _attention_mgpu,
+  "tokamax": _tokamax,
+  "xla_dense": _xla_dense,
+}

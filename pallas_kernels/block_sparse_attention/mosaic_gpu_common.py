@@ -1,0 +1,163 @@
+"""What the Hopper kernels share: late imports, lists, order of tiles."""
+
+import dataclasses
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_sparse_attention import tuning
+
+LOG2_E = math.log2(math.e)
+ROWS = 64  # rows of one warpgroup's products
+LOADER_REGISTERS = 24
+COMPUTE_REGISTERS = 240
+_TILE_ROWS = 8  # rows of a swizzled tile in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiling:
+  """Static sizes of one call."""
+
+  num_heads: int
+  num_kv_heads: int
+  num_mask_heads: int
+  num_q_blocks: int
+  num_kv_blocks: int
+  max_blocks: int
+  head_dim: int
+  batch: int
+  block_q: int
+  block_kv: int
+  causal: bool
+  scale: float
+  config: tuning.BackwardConfig
+
+  @property
+  def group(self) -> int:
+    return self.num_heads // self.num_kv_heads
+
+  @property
+  def heads_per_mask(self) -> int:
+    return self.num_heads // self.num_mask_heads
+
+  @property
+  def scale_log2(self) -> float:
+    return self.scale * LOG2_E
+
+
+def pallas():
+  """The Pallas modules; imported late because their names change."""
+  try:
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    needed = (
+      plgpu.LoweringSemantics.Warpgroup,
+      plgpu.wgmma_accumulator_load,
+      plgpu.kernel,
+    )
+    del needed
+  except (ImportError, AttributeError) as error:
+    raise NotImplementedError(
+      f"mosaic_gpu needs Pallas as of JAX 0.10.2; got jax {jax.__version__}: "
+      f"{error}."
+    ) from error
+  return pl, plgpu
+
+
+def transforms(plgpu):
+  """Layout in shared memory that the matrix units read without conflicts."""
+  return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def compiler_params(plgpu):
+  """Explicit, because the default of `lowering_semantics` has changed."""
+  return plgpu.CompilerParams(
+    approx_math=True,
+    reduction_scratch_bytes=0,  # row reductions stay inside a warp
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+  )
+
+
+def load(ref, layout):
+  """Shared memory to registers; JAX 0.10 wants an index."""
+  _, plgpu = pallas()
+  index = inspect.signature(plgpu.load).parameters.get("idx")
+  is_needed = index is not None and index.default is inspect.Parameter.empty
+  args = ((),) if is_needed else ()
+  return plgpu.load(ref, *args, layout=layout)
+
+
+def pad_length(x, least):
+  """Pads axis 1: a copy takes rows by 8, and never more than there are."""
+  missing = max(least, -(-x.shape[1] // _TILE_ROWS) * _TILE_ROWS) - x.shape[1]
+  if not missing:
+    return x
+  return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+
+
+def needs_mask(indices, q_offset, kv_len, block_q, block_kv, causal):
+  """Which listed blocks are not seen as a whole by every query of their row.
+
+  Args:
+    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
+    q_offset: int32 [batch].
+    kv_len: int32 [batch].
+    block_q: queries per block.
+    block_kv: keys per block.
+    causal: whether a query sees only keys up to its own position.
+
+  Returns:
+    bool, shape of indices.
+  """
+  seen = kv_len[:, None, None, None]
+  if causal:
+    q_block = lax.broadcasted_iota(jnp.int32, indices.shape, 2)
+    first_query = q_offset[:, None, None, None] + q_block * block_q
+    seen = jnp.minimum(seen, first_query + 1)
+  return (indices + 1) * block_kv > seen
+
+
+def count_masked(indices, counts, *args):
+  """How many leading blocks of each list may need a per-token mask.
+
+  Args:
+    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
+    counts: int32 [batch, num_mask_heads, num_q_blocks].
+    *args: as of `needs_mask`.
+
+  Returns:
+    int32 [batch, num_mask_heads, num_q_blocks]: one past the last such slot.
+  """
+  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
+  is_masked = needs_mask(indices, *args) & (slot < counts[..., None])
+  return jnp.max(jnp.where(is_masked, slot + 1, 0), axis=-1, initial=0)
+
+
+def longest_first(lengths):
+  """int32 [groups * rows]: numbers of the rows, by group, longest first.
+
+  Args:
+    lengths: int32 [groups, rows], work of each row.
+  """
+  groups, rows = lengths.shape
+  order = jnp.argsort(-lengths, axis=-1, stable=True).astype(jnp.int32)
+  first = jnp.arange(groups, dtype=jnp.int32) * rows
+  return (order + first[:, None]).reshape(-1)
+
+
+def rounds(num_tiles, num_ctas, cta):
+  """How many tiles a thread block walks, and the function that numbers them.
+
+  Turns alternate in direction, because tiles get shorter along each.
+  """
+  whole, rest = divmod(num_tiles, num_ctas)
+
+  def tile_at(turn):
+    is_back = (lax.rem(turn, 2) == 1) & (turn < whole)
+    return turn * num_ctas + jnp.where(is_back, num_ctas - 1 - cta, cta)
+
+  return whole + (cta < rest).astype(jnp.int32), tile_at

@@ -1,0 +1,44 @@
+"""Gradients of back ends that have a forward pass alone, by the XLA one's."""
+
+import functools
+
+import jax
+
+from pallas_kernels.block_sparse_attention import xla
+
+_BLOCKS_PER_STEP = 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8))
+def attend(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
+  """`forward` of the arrays, with the XLA back end's gradients.
+
+  Args:
+    forward: (q, k, v, indices, counts, q_offset, kv_len) to (out, lse).
+    q: [batch, q_len, num_heads, head_dim].
+    k: [batch, kv_len, num_kv_heads, head_dim].
+    v: as k.
+    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
+    counts: int32 [batch, num_mask_heads, num_q_blocks].
+    q_offset: int32 [batch].
+    kv_len: int32 [batch].
+    settings: (block_q, block_kv, causal, scale).
+
+  Returns:
+    (out, lse), as of `api.block_sparse_attention`.
+  """
+  return forward(q, k, v, indices, counts, q_offset, kv_len)
+
+
+def _fwd(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
+  out, lse = forward(q, k, v, indices, counts, q_offset, kv_len)
+  return (out, lse), (q, k, v, indices, counts, q_offset, kv_len, out, lse)
+
+
+def _bwd(forward, settings, residuals, cotangents):
+  return xla._attention_bwd(
+    (*settings, _BLOCKS_PER_STEP), residuals, cotangents
+  )
+
+
+attend.defvjp(_fwd, _bwd)

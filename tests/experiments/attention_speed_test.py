@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+import types
+
+import numpy as np
+import pytest
+
+from configs.attention_speed import default, quick, smoke
+from experiments import (
+  attention_speed,
+  attention_speed_config,
+  attention_speed_run,
+)
+from unisparse_jax import records
+
+
+def test_smoke_config_writes_records_and_figure(tmp_path, monkeypatch):
+  for name, value in (
+    ("_CONFIG", smoke.get_config()),
+    ("_WORKDIR", str(tmp_path)),
+  ):
+    holder = types.SimpleNamespace(value=value)
+    monkeypatch.setattr(attention_speed, name, holder)
+  attention_speed.main(["attention_speed"])
+  written = records.read(tmp_path / "records.jsonl")
+  timed = {
+    (r["method"], r["direction"], r["density"])
+    for r in written
+    if r.get("tflops", 0) > 0
+  }
+  for direction in ("forward", "backward"):
+    for density in (1.0, 0.25):
+      assert ("ours", direction, density) in timed
+    assert ("xla_dense", direction, 1.0) in timed
+  # What cannot run here says so and is no time.
+  refused = {r["method"] for r in written if "error" in r}
+  assert refused == {"cudnn", "tokamax"}
+  assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("config", [default, quick])
+def test_configs_parse(config):
+  attention_speed_config.parse(config.get_config())
+
+
+def test_random_lists_have_the_density_and_the_diagonal_first():
+  lists, counts = attention_speed_run.random_lists(
+    4096, 0.25, block=64, num_mask_heads=3, seed=1
+  )
+  assert lists.shape[:3] == counts.shape == (1, 3, 64)
+  assert abs(counts[0, 0].sum() / (64 * 65 / 2) - 0.25) < 0.01
+  for head, row in np.ndindex(3, 64):
+    kept = lists[0, head, row, : counts[0, head, row]]
+    assert kept[0] == row
+    assert (np.diff(kept) < 0).all() and kept[-1] >= 0
+  assert not np.array_equal(lists[0, 0], lists[0, 1])
+
+
+def test_ratios_are_to_the_fastest_dense_peer_of_the_size():
+  def record(method, ms, tflops, **size):
+    size = {"length": 8, "head_dim": 64, "direction": "forward", **size}
+    return {"method": method, "median_ms": ms, "tflops": tflops, **size}
+
+  ours, slow, fast, other, flex = attention_speed.add_ratios(
+    [
+      record("ours", 1.0, 500.0),
+      record("cudnn", 4.0, 400.0),
+      record("torch_cudnn", 3.0, 600.0),
+      record("cudnn", 1.0, 900.0, length=16),
+      record("torch_flex", 0.5, 100.0),
+    ]
+  )
+  assert ours["best_dense"] == "torch_cudnn"
+  assert ours["speed_up"] == 3.0 and ours["rate_ratio"] == 500 / 600
+  assert slow["speed_up"] == 0.75 and fast["speed_up"] == 1.0
+  assert other["speed_up"] == 1.0 and flex["speed_up"] == 6.0
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(length=100), r"block must divide length"),
+    (dict(peers=("flash3",)), r"peer must be a known name"),
+    (dict(densities=(0.0,)), r"density must be in \(0, 1\]"),
+  ],
+)
+def test_bad_settings_are_named(change, message):
+  config = smoke.get_config().to_dict()
+  config["cases"] = [{**config["cases"][0], **change}]
+  with pytest.raises(ValueError, match=message):
+    attention_speed_config.parse(config)

@@ -1,0 +1,210 @@
+"""Every Triton kernel lowers for CUDA, every TPU kernel compiles for TPUs.
+
+On a machine with neither. A change of JAX's API breaks a test here, not a user.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import ahead_of_time
+from pallas_kernels.block_selection import triton as selection_triton
+from pallas_kernels.block_sparse_attention import (
+  mosaic_tpu as attention_tpu,
+)
+from pallas_kernels.block_sparse_attention import triton as attention_triton
+from pallas_kernels.column_score_sampling import mosaic_tpu as columns_tpu
+from pallas_kernels.column_score_sampling import triton as columns_triton
+from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
+from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
+from pallas_kernels.composite_scores import triton as scores_triton
+
+LENGTH = 4096
+# JAX says of its Triton back end that it will go.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend:DeprecationWarning"
+)
+
+needs_libtpu = pytest.mark.skipif(
+  not ahead_of_time.has_libtpu(),
+  reason="libtpu is not installed: pip install unisparse-jax[tpu]",
+)
+
+
+def array(*shape, dtype=jnp.int32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention(module, dtype, head_dim, block=128):
+  blocks = LENGTH // block
+  q = array(1, LENGTH, 8, head_dim, dtype=dtype)
+  k = array(1, LENGTH, 2, head_dim, dtype=dtype)
+  lists = (array(1, 2, blocks, blocks), array(1, 2, blocks))
+  fn = functools.partial(
+    module.block_sparse_attention,
+    block_q=block,
+    block_kv=block,
+    causal=True,
+    scale=0.125,
+  )
+  return fn, (q, k, k, *lists, array(1), array(1))
+
+
+def scores(module, window=16):
+  count = LENGTH // window
+  composites = array(1, count, 4, 128, dtype=jnp.float32)
+  fn = functools.partial(
+    module.composite_scores,
+    window_q=window,
+    window_kv=window,
+    block_q=128,
+    block_kv=128,
+    causal=True,
+    scale=0.125,
+  )
+  counts = (array(1, count), array(1, count))
+  return fn, (composites, composites, *counts, array(1))
+
+
+def columns(module, dtype):
+  q = array(1, LENGTH // 20, 8, 128, dtype=dtype)
+  k = array(1, LENGTH, 2, 128, dtype=dtype)
+  fn = functools.partial(module.column_score_sampling, scale=0.125)
+  return fn, (q, k, array(1, LENGTH // 20))
+
+
+def selection(module, **budget):
+  blocks = LENGTH // 128
+  fn = functools.partial(
+    module.block_selection,
+    block_q=128,
+    block_kv=128,
+    causal=True,
+    num_sink_blocks=1,
+    num_local_blocks=1,
+    **budget,
+  )
+  block_scores = array(1, 4, blocks, blocks, dtype=jnp.float32)
+  return fn, (block_scores, array(1), array(1), array(1))
+
+
+def pooling(module, dtype, head_dim):
+  x = array(1, LENGTH, 8, head_dim, dtype=dtype)
+  fn = functools.partial(module.composite_pooling, window=16, head_group=4)
+  return fn, (x, array(1))
+
+
+TRITON = {
+  "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
+  "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
+  "attention_float32_256": attention(attention_triton, jnp.float32, 256),
+  "scores": scores(scores_triton),
+  "columns": columns(columns_triton, jnp.bfloat16),
+  "selection_top_p": selection(
+    selection_triton, top_p=0.9, top_k=None, max_blocks=32
+  ),
+  "selection_top_k": selection(
+    selection_triton, top_p=None, top_k=8, max_blocks=20
+  ),
+}
+# With the number of Triton kernels in each.
+KERNELS = {"columns": 2}
+TPU = {
+  "attention_bfloat16_128": attention(attention_tpu, jnp.bfloat16, 128),
+  "attention_bfloat16_64": attention(attention_tpu, jnp.bfloat16, 64, 64),
+  "attention_float32_128": attention(attention_tpu, jnp.float32, 128),
+  "attention_float16_256": attention(attention_tpu, jnp.float16, 256),
+  "scores": scores(scores_tpu),
+  "scores_coarse": scores(scores_tpu, window=32),
+  "columns_bfloat16": columns(columns_tpu, jnp.bfloat16),
+  "columns_float32": columns(columns_tpu, jnp.float32),
+  "pooling_bfloat16": pooling(pooling_tpu, jnp.bfloat16, 128),
+  "pooling_float32": pooling(pooling_tpu, jnp.float32, 64),
+}
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CARDS)
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_kernel_lowers_for_cuda(name, capability):
+  fn, shapes = TRITON[name]
+  text = ahead_of_time.lower_for_cuda(fn, shapes, capability).as_text()
+  calls = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)
+  assert len(calls) == KERNELS.get(name, 1)
+
+
+def test_triton_refuses_older_cards_and_other_devices():
+  fn, shapes = TRITON["attention_float16_64"]
+  with pytest.raises(NotImplementedError, match=r"needs compute cap.*got 7\.5"):
+    jax.eval_shape(functools.partial(fn, capability=75), *shapes)
+  if jax.default_backend() == "cpu":
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU"):
+      jax.eval_shape(fn, *shapes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      dict(block_q=96),
+      r"triton needs block_q to be a power of two.*block_q=96",
+    ),
+    (dict(block_kv=8), r"triton needs block_kv to be a power of two"),
+  ],
+)
+def test_triton_names_what_it_cannot_serve(changes, message):
+  fn, shapes = TRITON["attention_float16_64"]
+  fn = functools.partial(fn, interpret=True, **changes)
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(fn, *shapes)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  ("tpu", "name"),
+  [
+    *[("v5e", name) for name in TPU],
+    ("v6e", "attention_bfloat16_128"),
+    ("v6e", "scores"),
+    ("v6e", "columns_bfloat16"),
+    ("v6e", "pooling_bfloat16"),
+  ],
+)
+def test_tpu_kernel_compiles(tpu, name):
+  fn, shapes = TPU[name]
+  compiled = ahead_of_time.compile_for_tpu(fn, shapes, tpu)
+  assert "tpu_custom_call" in compiled.as_text()
+  inputs = sum(x.size * x.dtype.itemsize for x in shapes)
+  memory = compiled.memory_analysis()
+  assert memory.argument_size_in_bytes >= inputs
+  # Layout changes of inputs and results, never a matrix of all scores.
+  assert memory.temp_size_in_bytes < 4 * inputs
+  assert compiled.cost_analysis()["flops"] > 0
+
+
+@needs_libtpu
+def test_tpu_attention_memory_is_linear_in_length():
+  def temporaries(length):
+    fn, shapes = TPU["attention_bfloat16_128"]
+    factor = length // LENGTH
+    shapes = [
+      array(1, factor * x.shape[1], *x.shape[2:], dtype=x.dtype)
+      if x.ndim == 4 and x.dtype == jnp.bfloat16
+      else x
+      for x in shapes
+    ]
+    blocks = length // 128
+    shapes[3:5] = array(1, 2, blocks, 32), array(1, 2, blocks)
+    memory = ahead_of_time.compile_for_tpu(fn, shapes, "v5e").memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+  assert temporaries(4 * LENGTH) < 4.5 * temporaries(LENGTH)
+
+
+def test_tpu_kernels_refuse_other_devices():
+  fn, shapes = TPU["attention_bfloat16_128"]
+  if jax.default_backend() != "tpu":
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu needs a TPU"):
+      jax.eval_shape(fn, *shapes)

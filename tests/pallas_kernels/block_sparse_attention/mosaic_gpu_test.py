@@ -1,0 +1,302 @@
+"""The Hopper kernels: lowered for CUDA on any machine, run on a card."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import device
+from pallas_kernels.block_sparse_attention import (
+  arg_specs,
+  mosaic_gpu,
+  mosaic_gpu_backward,
+  mosaic_gpu_common,
+  xla,
+)
+from tests import helpers
+from tests.pallas_kernels.block_sparse_attention import suite
+
+
+def has_pallas():
+  try:
+    mosaic_gpu_common.pallas()
+  except NotImplementedError:
+    return False
+  return True
+
+
+needs_pallas = pytest.mark.skipif(
+  not has_pallas(), reason="this JAX has another Mosaic GPU API"
+)
+
+
+def lower(
+  spec, *, block_q=128, block_kv=128, num_mask_heads=None, gradient=False, **kw
+):
+  """Lowers the op for CUDA; ragged lengths, two sequences."""
+  q_len, kv_len = 1000, 1001
+  dtype = kw.pop("dtype", jnp.bfloat16)
+  heads = num_mask_heads or spec.num_kv_heads
+  struct = jax.ShapeDtypeStruct
+  q = struct((2, q_len, spec.num_heads, spec.head_dim), dtype)
+  k = struct((2, kv_len, spec.num_kv_heads, spec.head_dim), dtype)
+  blocks = (-(-q_len // block_q), -(-kv_len // block_kv))
+  lists = struct((2, heads, *blocks), jnp.int32)
+  counts = struct((2, heads, blocks[0]), jnp.int32)
+  scalar = struct((2,), jnp.int32)
+  settings = dict(block_q=block_q, block_kv=block_kv, scale=0.1, **kw)
+  settings.setdefault("causal", True)
+
+  def run(q, k, v, *lists):
+    return mosaic_gpu.attention(q, k, v, *lists, **settings)
+
+  def loss(*args):
+    out, lse = run(*args)
+    return out.astype(jnp.float32).sum() + lse.sum()
+
+  fn = jax.grad(loss, argnums=(0, 1, 2)) if gradient else run
+  traced = jax.jit(fn).trace(q, k, k, lists, counts, scalar, scalar)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_pallas
+@pytest.mark.parametrize("name", ["llama3_8b", "gemma2_9b", "pylib_12m"])
+def test_lowers_for_models(name):
+  assert "mosaic_gpu" in lower(arg_specs.MODELS[name])
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(block_q=64, block_kv=64),  # two heads share a tile
+    dict(block_q=64, block_kv=128, num_mask_heads=32),  # one warpgroup
+    dict(block_kv=64, causal=False, dtype=jnp.float16),
+  ],
+)
+def test_lowers_for_settings(settings):
+  assert "mosaic_gpu" in lower(arg_specs.MODELS["llama3_8b"], **settings)
+
+
+@needs_pallas
+@pytest.mark.parametrize("block", [64, 128])
+def test_gradient_lowers(block):
+  text = lower(
+    arg_specs.MODELS["pylib_12m"], block_q=block, block_kv=block, gradient=True
+  )
+  # The forward kernel and two of the backward pass.
+  assert text.count("@mosaic_gpu") == 3
+
+
+def test_wide_heads_take_the_xla_gradient():
+  q, k, v = helpers.make_qkv(
+    q_len=64, num_heads=1, num_kv_heads=1, head_dim=256
+  )
+  lists = (
+    jnp.zeros((1, 1, 1, 1), jnp.int32),
+    jnp.ones((1, 1, 1), jnp.int32),
+    jnp.zeros((1,), jnp.int32),
+    jnp.full((1,), 64, jnp.int32),
+  )
+  settings = dict(block_q=64, block_kv=64, causal=True, scale=0.1)
+
+  def attend(q, k, v):
+    return xla.block_sparse_attention(q, k, v, *lists, **settings)
+
+  (out, lse), gradient = jax.vjp(attend, q, k, v)
+  cotangents = (jnp.cos(out), jnp.sin(lse))
+  actual = mosaic_gpu._attention_bwd(
+    (*settings.values(), None), (q, k, v, *lists, out, lse), cotangents
+  )
+  for a, e in zip(actual, gradient(cotangents), strict=False):
+    helpers.assert_same(a, e, 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(head_dim=16), r"head_dim of \(64, 128, 256\); got head_dim=16"),
+    (dict(dtype=jnp.float32), r"dtype of .*; got dtype='float32'"),
+    (dict(block_q=32), r"block_q of \(64, 128\); got block_q=32"),
+  ],
+)
+def test_refusals_name_the_reason(changes, message):
+  if not has_pallas():
+    message = "needs Pallas as of JAX 0.10.2"
+  settings = dict(head_dim=64, dtype=jnp.bfloat16, block_q=128) | changes
+  q = jnp.zeros((1, 128, 1, settings["head_dim"]), settings["dtype"])
+  with pytest.raises(NotImplementedError, match=message):
+    mosaic_gpu.check_supported(q, settings["block_q"], 128)
+
+
+@pytest.mark.skipif(device.is_hopper(), reason="this device can")
+def test_refuses_other_devices():
+  q = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
+  lists = jnp.zeros((1, 1, 1, 1), jnp.int32)
+  with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
+    pallas_kernels.block_sparse_attention(
+      q, q, q, lists, lists[..., 0], implementation="mosaic_gpu"
+    )
+
+
+def test_turns_cover_every_tile_once_with_even_work():
+  num_tiles, num_ctas = 1003, 132
+  work = np.sort(np.random.default_rng(0).integers(1, 200, num_tiles))[::-1]
+  seen, loads = [], []
+  for cta in range(num_ctas):
+    turns, tile_at = mosaic_gpu_common.rounds(
+      num_tiles, num_ctas, jnp.int32(cta)
+    )
+    mine = [int(tile_at(jnp.int32(t))) for t in range(int(turns))]
+    seen += mine
+    loads.append(work[mine].sum())
+  assert sorted(seen) == list(range(num_tiles))
+  assert max(loads) < 1.05 * np.mean(loads)
+
+
+def test_longest_first_within_groups():
+  order = mosaic_gpu_common.longest_first(jnp.array([[1, 3, 2], [5, 5, 9]]))
+  np.testing.assert_array_equal(order, [1, 2, 0, 5, 3, 4])
+
+
+def test_masked_blocks_are_counted_from_any_order():
+  indices = jnp.array([[[[2, 1, 0], [0, 2, 1]]]], jnp.int32)
+  counts = jnp.array([[[3, 2]]], jnp.int32)
+  count = functools.partial(
+    mosaic_gpu_common.count_masked, indices, counts, jnp.array([128])
+  )
+  # Queries from 128 and 192 on; keys by 64, valid up to 180.
+  np.testing.assert_array_equal(
+    count(jnp.array([180]), 64, 64, True), [[[1, 2]]]
+  )
+  np.testing.assert_array_equal(
+    count(jnp.array([192]), 64, 64, False), [[[0, 0]]]
+  )
+
+
+def test_transposed_lists_and_their_masked_prefix():
+  rng = np.random.default_rng(0)
+  indices, counts = helpers.random_lists(
+    rng, batch=2, num_mask_heads=3, num_q_blocks=5, num_kv_blocks=7
+  )
+  offset, kv_len = jnp.array([100, 0]), jnp.array([400, 448])
+  transposed = mosaic_gpu_backward.transpose_lists(
+    indices,
+    counts,
+    offset,
+    kv_len,
+    block_q=64,
+    block_kv=64,
+    causal=True,
+    num_kv_blocks=7,
+  )
+  q_blocks, starts, lengths, masked = map(np.asarray, transposed)
+  expected, expected_lengths = map(
+    np.asarray, xla.transpose_lists(indices, counts, 7)
+  )
+  np.testing.assert_array_equal(lengths, expected_lengths)
+  for b, h, j in np.ndindex(2, 3, 7):
+    start, length = int(starts[b, h, j]), int(lengths[b, h, j])
+    rows = q_blocks[b, h, start : start + length]
+    np.testing.assert_array_equal(rows, expected[b, h, j, :length])
+    seen = np.minimum(int(kv_len[b]), int(offset[b]) + rows * 64 + 1)
+    needs_mask = (j + 1) * 64 > seen
+    prefix = np.arange(length) < int(masked[b, h, j])
+    np.testing.assert_array_equal(needs_mask, prefix)
+
+
+CARD_CASES = {  # the names of the suite, at sizes that the kernels serve
+  "square": (1, 512, 512, 4, 2, 4, 128, (128, 128), True, 0, None),
+  "shared_mask": (2, 512, 512, 4, 2, 1, 64, (64, 64), True, 0, None),
+  "ragged": (2, 400, 777, 6, 2, 2, 128, (64, 128), True, (377, 20), (777, 700)),
+  "bidirectional": (1, 260, 177, 6, 3, 2, 64, (128, 64), False, 0, 170),
+  "one_query_block": (1, 7, 513, 8, 1, 8, 128, (128, 128), True, 506, None),
+  "no_gqa": (1, 256, 256, 3, 3, 3, 64, (128, 64), True, 0, None),
+  # More tiles than multiprocessors, and pairs of heads that share loads.
+  "many_tiles": (1, 2048, 2048, 16, 4, 4, 128, (128, 128), True, 0, None),
+  "many_narrow": (1, 2048, 2048, 16, 4, 4, 64, (64, 64), True, 0, None),
+  "wide_heads": (2, 300, 400, 4, 2, 2, 256, (128, 128), True, 100, None),
+}
+CARD_TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3}
+
+
+@pytest.mark.gpu
+class TestOnTheCard(suite.BlockSparseAttentionSuite):
+  implementation = "mosaic_gpu"
+
+  @pytest.fixture(autouse=True)
+  def sizes_of_the_card(self, monkeypatch):
+    make_case = suite.make_case
+
+    def low_precision(name, dtype=jnp.bfloat16, minimum=0):
+      return make_case(name, dtype, minimum)
+
+    monkeypatch.setattr(suite, "CASES", CARD_CASES)
+    monkeypatch.setattr(suite, "make_case", low_precision)
+    tolerance = {**CARD_TOLERANCE, "float32": CARD_TOLERANCE["bfloat16"]}
+    monkeypatch.setattr(suite, "TOLERANCE", tolerance)
+
+  @pytest.mark.parametrize("name", CARD_CASES)
+  @pytest.mark.parametrize("dtype", CARD_TOLERANCE)
+  def test_matches_float64(self, name, dtype):
+    super().test_matches_float64(name, dtype)
+
+  def test_extreme_logits(self):
+    (q, k, v, indices, counts), settings, kept = suite.make_case(
+      "square", minimum=4
+    )
+    q = (q * (1e4 / jnp.abs(q).max()).astype(q.dtype)).astype(q.dtype)
+    out, lse = self.run((q, k, v, indices, counts), settings)
+    expected, expected_lse = helpers.numpy_attention(q, k, v, kept)
+    helpers.assert_same(out, expected, CARD_TOLERANCE["bfloat16"])
+    helpers.assert_same(lse, expected_lse, CARD_TOLERANCE["bfloat16"])
+
+  @pytest.mark.parametrize("number_of_blocks", ["all", "one"])
+  def test_uniform_rows(self, number_of_blocks):
+    (q, k, v, indices, counts), settings, _ = suite.make_case("ragged")
+    count = indices.shape[-1] if number_of_blocks == "all" else 1
+    counts = jnp.full_like(counts, count)
+    out, lse = self.run((q, k, v, indices, counts), settings)
+    expected, expected_lse = pallas_kernels.block_sparse_attention(
+      *(x.astype(jnp.float32) for x in (q, k, v)),
+      indices,
+      counts,
+      **settings,
+      implementation="reference",
+    )
+    helpers.assert_same(out, expected, CARD_TOLERANCE["bfloat16"])
+    helpers.assert_same(lse, expected_lse, CARD_TOLERANCE["bfloat16"])
+
+  @pytest.mark.parametrize(
+    "name",
+    ["shared_mask", "ragged", "bidirectional", "many_tiles", "wide_heads"],
+  )
+  def test_gradients_match_reference(self, name):
+    arrays, settings, _ = suite.make_case(name)
+
+    def gradient(q, k, v, implementation):
+      def loss(q, k, v):
+        out, lse = pallas_kernels.block_sparse_attention(
+          q, k, v, *arrays[3:], **settings, implementation=implementation
+        )
+        weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+        weight = weight.astype(jnp.bfloat16).astype(jnp.float32)
+        finite = jnp.where(jnp.isinf(lse), 0.0, lse)
+        out = out.astype(jnp.float32).ravel()
+        return (out * weight).sum() + jnp.sin(finite).sum()
+
+      return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    actual = gradient(*arrays[:3], "mosaic_gpu")
+    again = gradient(*arrays[:3], "mosaic_gpu")
+    wide = (x.astype(jnp.float32) for x in arrays[:3])
+    with jax.default_matmul_precision("highest"):
+      expected = gradient(*wide, "reference")
+    for a, b, e in zip(actual, again, expected, strict=True):
+      helpers.assert_same(a.astype(jnp.float32), e, 1e-2)
+      np.testing.assert_array_equal(
+        np.asarray(a, np.float32), np.asarray(b, np.float32)
+      )
