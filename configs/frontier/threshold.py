@@ -4,7 +4,8 @@
 Run:     python -m experiments.frontier
            --config=configs/frontier/threshold.py --workdir=out/threshold
 Device:  2 CPU cores, about 5 minutes.
-Expect:  to be filled from the first recorded run.
+Expect:  results/frontier_threshold.jsonl: KL 0.006 at density 0.29 with
+         min_score 0.5, 0.007 at 0.37 with top_p 0.95.
 """
 
 import ml_collections
