@@ -6,7 +6,9 @@ Run:     python -m experiments.calibrate
          XAttention as released: --config.method=xattention
            --config.rule=xattention_profiler --config.target_recall=0.9
 Device:  2 CPU cores, about 5 minutes.
-Expect:  to be filled from the first recorded run.
+Expect:  results/calibration_unisparse.json; with --config.method=
+         unisparse_threshold results/calibration_threshold.json: on qa_1, not
+         calibrated on, density 0.230 at recall 0.953, one budget for all 0.254 at 0.959.
 """
 
 import ml_collections

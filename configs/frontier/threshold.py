@@ -3,8 +3,9 @@
 
 Run:     python -m experiments.frontier
            --config=configs/frontier/threshold.py --workdir=out/threshold
-Device:  2 CPU cores, about 15 minutes.
-Expect:  to be filled from the first recorded run.
+Device:  2 CPU cores, about 5 minutes.
+Expect:  results/frontier_threshold.jsonl: KL 0.006 at density 0.29 with
+         min_score 0.5, 0.007 at 0.37 with top_p 0.95.
 """
 
 import ml_collections
@@ -23,7 +24,7 @@ def get_config():
       label="unisparse",
       method="unisparse",
       budget="top_p",
-      values=(0.8, 0.9, 0.95, 0.98),
+      values=(0.9, 0.95, 0.98),
       measure=_MEASURE,
     ),
     dict(
@@ -31,14 +32,14 @@ def get_config():
       method="unisparse",
       head_group=1,
       budget="top_p",
-      values=(0.8, 0.9, 0.95, 0.98),
+      values=(0.9, 0.95),
       measure=_MEASURE,
     ),
     dict(
       label="unisparse_threshold",
       method="unisparse_threshold",
       budget="min_score",
-      values=(2.0, 1.0, 0.5, 0.3),
+      values=(1.0, 0.5, 0.3),
       measure=_MEASURE,
     ),
     dict(
@@ -46,7 +47,7 @@ def get_config():
       method="xattention",
       stride=8,
       budget="top_p",
-      values=(0.8, 0.9, 0.95),
+      values=(0.9, 0.95),
       measure=_MEASURE,
     ),
     dict(
@@ -59,8 +60,8 @@ def get_config():
   )
   config.matched_share = 0.99
   config.samples = 1
-  config.code_rows = 2
-  config.quality_layers = (1, 3, 5, 7)
+  config.code_rows = 1
+  config.quality_layers = (1, 4, 7)
   config.timed_layers = (1, 4, 6)
   config.implementation = "xla"
   config.dense_implementation = "tiled"

@@ -3,7 +3,8 @@
 Source: FlexPrefill (arXiv 2502.20766) and its released code. Differs from it
 in: slashes are binned from the diagonal outwards, so that a ragged length does
 not split the nearest bin; a zero in a distribution does not make its divergence
-NaN; any q_offset, batches with ragged lengths.
+NaN; budgets are counted in key blocks, where the code has a fixed 128 tokens;
+any q_offset, batches with ragged lengths.
 """
 
 import dataclasses
