@@ -10,6 +10,7 @@ turns them into means with errors; nothing is stored but moments.
 
 from unisparse_jax.mcmc import accumulators as accumulators
 from unisparse_jax.mcmc import adaptation as adaptation
+from unisparse_jax.mcmc import base as base
 from unisparse_jax.mcmc import control_variates as control_variates
 from unisparse_jax.mcmc import covariances as covariances
 from unisparse_jax.mcmc import estimates as estimates
@@ -18,6 +19,7 @@ from unisparse_jax.mcmc import gi_latent_gaussian as gi_latent_gaussian
 from unisparse_jax.mcmc import gi_mala as gi_mala
 from unisparse_jax.mcmc import gi_rwm as gi_rwm
 from unisparse_jax.mcmc import laplace as laplace
+from unisparse_jax.mcmc import latent_targets as latent_targets
 from unisparse_jax.mcmc import poisson as poisson
 from unisparse_jax.mcmc import preconditioner as preconditioner
 from unisparse_jax.mcmc import summary as summary

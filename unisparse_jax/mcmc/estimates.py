@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from unisparse_jax.mcmc import accumulators, checks
 
@@ -39,6 +40,7 @@ class Estimate(NamedTuple):
     r_hat: potential scale reduction of F between chains; NaN with one chain.
     num_chains: chains.
     num_draws: steps of all chains together.
+    degrees: of freedom of both errors.
     chain_means: controlled means of each chain.
     plain_chain_means: means of F of each chain.
   """
@@ -52,8 +54,23 @@ class Estimate(NamedTuple):
   r_hat: Float[np.ndarray, " num_functions"]
   num_chains: int
   num_draws: int
+  degrees: int
   chain_means: Float[np.ndarray, "num_chains num_functions"]
   plain_chain_means: Float[np.ndarray, "num_chains num_functions"]
+
+  def interval(
+    self, level: float = 0.95
+  ) -> tuple[Float[np.ndarray, " num_functions"], ...]:
+    """Lower and upper ends of intervals that hold pi(F) at this rate.
+
+    Student-t intervals with `degrees` of freedom.
+
+    Args:
+      level: in (0, 1).
+    """
+    checks.check_open_interval("level", level, 0, 1)
+    width = stats.t(self.degrees).ppf(0.5 + level / 2) * self.mcse
+    return self.mean - width, self.mean + width
 
   @property
   def factor(self) -> Float[np.ndarray, " num_functions"]:
@@ -212,7 +229,8 @@ def split_shared(
   result into the layout of `estimate`.
 
   Args:
-    accumulator: leaves [..., rows, 1] and [..., rows, rows, 1].
+    accumulator: leaves [..., rows, 1] and [..., rows, rows, 1]. Without
+      products_of_terms the estimate's `variance` and `r_hat` are NaN.
     num_functions: how many of the rows are functions.
 
   Returns:
@@ -228,11 +246,9 @@ def split_shared(
 
   def products_of(products):
     products = np.asarray(products)[..., 0]
-    if products.shape[-1] == 1:
-      raise ValueError(
-        "accumulator must hold products of all rows; got products of the first "
-        "alone; expected products_of_terms=True."
-      )
+    if products.shape[-1] == 1 and num_functions > 1:
+      # Of the first function alone: the variances of the others are unknown.
+      return np.full((*products.shape[:-2], 1, 1, num_functions), np.nan)
     f, rows = num_functions, products.shape[-1]
     out = np.empty((*products.shape[:-2], 1 + rows - f, 1 + rows - f, f))
     out[..., 1:, 1:, :] = products[..., f:, f:, None]
@@ -491,10 +507,12 @@ def _assemble(data, terms, coefs, members, mcse_method):
   if mcse_method == BATCH_MEANS:
     mcse = batch_error(weights, rows)
     plain_mcse = batch_error(weights[:, :1], [0])
+    degrees = data.batch_count.sum() - data.num_units
   else:
     root = np.sqrt(data.num_chains)
     mcse = unit_means.std(0, ddof=1) / root
     plain_mcse = plain_unit_means.std(0, ddof=1) / root
+    degrees = data.num_chains - 1
   num_draws = data.step_count.sum()
   variance, r_hat = _spread(data)
   return Estimate(
@@ -507,6 +525,7 @@ def _assemble(data, terms, coefs, members, mcse_method):
     r_hat=r_hat,
     num_chains=data.num_chains,
     num_draws=int(num_draws),
+    degrees=int(degrees),
     chain_means=mean[None] if one_chain else unit_means,
     plain_chain_means=plain_mean[None] if one_chain else plain_unit_means,
   )

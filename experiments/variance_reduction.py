@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much smaller control variates make the variance of posterior means."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from absl import app
+
+from experiments import flags_and_configs, mcmc_figures, mcmc_problems
+from unisparse_jax import mcmc, records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One posterior at one acceptance rate.
+
+  Attributes:
+    target: see `mcmc_problems.make`.
+    acceptance: warm-up's target; step_size is then frozen.
+    num_chains: repeats of the estimate.
+    lengths: steps of each chain at which the estimates are taken, ascending.
+    warm_up: steps.
+    batch_size: steps of a batch mean; lengths are multiples of it.
+    squares: whether second moments are functions beside the means.
+    polynomial: order of the zero-variance baseline beside ours; 0 for none.
+  """
+
+  target: str
+  acceptance: float = 0.77
+  num_chains: int = 100
+  lengths: tuple[int, ...] = (1000, 10_000)
+  warm_up: int = 1000
+  batch_size: int = 50
+  squares: bool = True
+  polynomial: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Of the experiment: its rows, seed, and "float32" or "float64"."""
+
+  rows: tuple[Row, ...]
+  seed: int = 0
+  dtype: str = "float64"
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  settings = flags_and_configs.to_dataclass(
+    Settings, _CONFIG.value, name="config"
+  )
+  jax.config.update("jax_enable_x64", settings.dtype == "float64")
+  workdir = records.claim_workdir(_WORKDIR.value, settings)
+  flags_and_configs.start_jax(workdir)
+  file = workdir / "records.jsonl"
+  done = {r["row"] for r in records.read(file)} if file.exists() else set()
+  writer = records.RecordWriter(file, settings)
+  for number, row in enumerate(settings.rows):
+    if number not in done:
+      for measured in measure(row, settings):
+        writer.write(row=number, **dataclasses.asdict(row), **measured)
+  found = records.read(file)
+  rich.console.Console(width=140).print(table(found))
+  mcmc_figures.factors(found, workdir)
+
+
+def measure(row: Row, settings: Settings):
+  """Yields one measurement for each length."""
+  dtype = jnp.dtype(settings.dtype)
+  problem = mcmc_problems.make(row.target, dtype)
+  linear = mcmc.poisson.Linear(problem.coordinates)
+  functions = (linear,)
+  if row.squares:
+    functions += (mcmc.poisson.Square(problem.coordinates),)
+  variates = mcmc.control_variates.poisson_terms(functions, **problem.hooks)
+  keys = jax.random.split(jax.random.key(settings.seed), 2)
+  state = jax.vmap(problem.init)(problem.start(keys[0], row.num_chains))
+  warm = mcmc.adaptation.adapt_step_size(
+    keys[1],
+    problem.step,
+    state,
+    row.warm_up,
+    rest=problem.rest,
+    target_acceptance=row.acceptance,
+    start=0.5,
+  )
+  positions = warm.state.position
+  collector, carry = variates.collector, variates.init(positions)
+  if row.polynomial:
+    baseline = mcmc.control_variates.polynomial_terms(
+      functions, problem.target.dim, order=row.polynomial
+    )
+    collector = both(collector, baseline.collector)
+    carry = (carry, baseline.init(positions, products_of_terms=False))
+  run = mcmc.base.Run(warm.state, warm.rng_keys, None, carry, None)
+  steps = 0
+  reference = problem.reference(warm.step_size)
+  num_linear = len(problem.coordinates or range(problem.target.dim))
+  for length in row.lengths:
+    start = time.perf_counter()
+    run = mcmc.run_chains(
+      run.rng_keys,
+      problem.step,
+      run.state,
+      length - steps,
+      parameters=(warm.step_size, *problem.rest),
+      collector=collector,
+      carry=run.carry,
+      collector_parameters=(reference,),
+      batch_size=row.batch_size,
+    )
+    carry = jax.device_get(run.carry)
+    seconds = time.perf_counter() - start
+    steps = length
+    joint = None
+    if row.polynomial:
+      carry, joint = carry
+      num_functions = carry.steps.mean.shape[-1]
+      joint = mcmc.estimates.split_shared(joint, num_functions)
+    yield {
+      "length": length,
+      "step_size": float(warm.step_size),
+      "acceptance_rate": float(np.mean(run.stats.acceptance_rate)),
+      "max_r_hat": float(np.max(mcmc.estimate(carry).r_hat)),
+      "seconds": seconds,
+      "methods": methods(carry, joint, num_linear),
+    }
+
+
+def methods(carry, joint, num_linear: int) -> dict:
+  """Factors and errors of every way to control the means."""
+  candidates = mcmc.control_variates.candidates(3)
+  estimates = {
+    name: mcmc.estimate(carry, c.cv_coef, terms=c.terms)
+    for name, c in candidates.items()
+  }
+  estimates["two_least_squares"] = mcmc.estimate(
+    carry, mcmc.estimates.LEAST_SQUARES, terms=(0, 1)
+  )
+  estimates["all_between_chains"] = mcmc.estimate(
+    carry, mcmc.estimates.BETWEEN_CHAINS
+  )
+  if joint is not None:
+    estimates["polynomial"] = mcmc.estimate(joint)._replace(
+      variance=estimates["two"].variance
+    )
+  choice = mcmc.choose(carry, candidates)
+  estimates["chosen"] = choice.estimate
+  found = {name: spread(e, num_linear) for name, e in estimates.items()}
+  names, counts = np.unique(choice.chosen, return_counts=True)
+  found["chosen"]["counts"] = dict(zip(names, counts.tolist(), strict=True))
+  return found
+
+
+def spread(estimate, num_linear: int) -> dict:
+  """Min, median and max over coordinates, for means and for squares.
+
+  `relative_error` is draws times the estimate's variance over the target's: 1
+  is what independent exact draws would give.
+  """
+  relative = estimate.num_draws * estimate.mcse**2 / estimate.variance
+  found = {}
+  for kind, part in (
+    ("linear", slice(0, num_linear)),
+    ("square", slice(num_linear, None)),
+  ):
+    factor = estimate.factor[part]
+    if factor.size:
+      found[kind] = {
+        "min": float(factor.min()),
+        "median": float(np.median(factor)),
+        "max": float(factor.max()),
+        "share_at_least_1": float(np.mean(factor >= 1)),
+        "relative_error": float(np.median(relative[part])),
+      }
+  return found
+
+
+def both(a, b):
+  """A collector whose carry is the pair of both carries."""
+
+  def update(carry, state, info, *parameters):
+    first, second = carry
+    return (
+      a.update(first, state, info, *parameters),
+      b.update(second, state, info, *parameters),
+    )
+
+  def flush(carry):
+    return a.flush(carry[0]), b.flush(carry[1])
+
+  return mcmc.base.Collector(update, flush)
+
+
+def table(found: list[dict]) -> rich.table.Table:
+  """Median factors of the means, with their range."""
+  result = rich.table.Table(title="variance of plain mean / controlled, F = x")
+  names = list(found[0]["methods"]) if found else []
+  for column in ("target", "length", "acceptance", *names):
+    result.add_column(column)
+  for record in found:
+    cells = []
+    for name in names:
+      part = record["methods"].get(name, {}).get("linear")
+      text = (
+        ""
+        if part is None
+        else (f"{part['median']:.3g} ({part['min']:.2g}-{part['max']:.3g})")
+      )
+      cells.append(text)
+    result.add_row(
+      record["target"],
+      str(record["length"]),
+      f"{record['acceptance_rate']:.3f}",
+      *cells,
+    )
+  return result
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)
