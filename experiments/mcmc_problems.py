@@ -44,6 +44,16 @@ class Problem:
   def is_latent(self) -> bool:
     return isinstance(self.target, mcmc.latent_targets.LatentTarget)
 
+  def with_reference(self, mean: Any, preconditioner: Any) -> "Problem":
+    """The same with the mean and the preconditioner of a warm-up."""
+    return dataclasses.replace(
+      self,
+      rest=(preconditioner,),
+      reference=lambda gamma: mcmc.poisson.Reference(
+        gamma, mean, preconditioner
+      ),
+    )
+
 
 def make(name: str, dtype: Any = None) -> Problem:
   """A problem.

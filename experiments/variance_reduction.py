@@ -26,7 +26,9 @@ class Row:
     acceptance: warm-up's target; step_size is then frozen.
     num_chains: repeats of the estimate.
     lengths: steps of each chain at which the estimates are taken, ascending.
-    warm_up: steps.
+    warm_up: steps of the last window.
+    windows: steps of windows before it, each followed by a preconditioner from
+      the chains, on logistic posteriors; none keeps the Laplace covariance.
     batch_size: steps of a batch mean; lengths are multiples of it.
     squares: whether second moments are functions beside the means.
     polynomial: order of the zero-variance baseline beside ours; 0 for none.
@@ -37,6 +39,7 @@ class Row:
   num_chains: int = 100
   lengths: tuple[int, ...] = (1000, 10_000)
   warm_up: int = 1000
+  windows: tuple[int, ...] = ()
   batch_size: int = 50
   squares: bool = True
   polynomial: int = 1
@@ -83,15 +86,7 @@ def measure(row: Row, settings: Settings):
   variates = mcmc.control_variates.poisson_terms(functions, **problem.hooks)
   keys = jax.random.split(jax.random.key(settings.seed), 2)
   state = jax.vmap(problem.init)(problem.start(keys[0], row.num_chains))
-  warm = mcmc.adaptation.adapt_step_size(
-    keys[1],
-    problem.step,
-    state,
-    row.warm_up,
-    rest=problem.rest,
-    target_acceptance=row.acceptance,
-    start=0.5,
-  )
+  warm, problem = warm_up(row, problem, keys[1], state)
   positions = warm.state.position
   collector, carry = variates.collector, variates.init(positions)
   if row.polynomial:
@@ -124,7 +119,7 @@ def measure(row: Row, settings: Settings):
     if row.polynomial:
       carry, joint = carry
       num_functions = carry.steps.mean.shape[-1]
-      joint = mcmc.estimates.split_shared(joint, num_functions)
+      joint = mcmc.chain_data.split_shared(joint, num_functions)
     yield {
       "length": length,
       "step_size": float(warm.step_size),
@@ -133,6 +128,29 @@ def measure(row: Row, settings: Settings):
       "seconds": seconds,
       "methods": methods(carry, joint, num_linear),
     }
+
+
+def warm_up(row: Row, problem, rng_key, state):
+  """(what warm-up leaves, the problem with its preconditioner)."""
+  settings = dict(start=0.5, target_acceptance=row.acceptance)
+  if problem.is_latent:
+    warm = mcmc.adaptation.adapt_step_size(
+      rng_key, problem.step, state, row.warm_up, rest=problem.rest, **settings
+    )
+    return warm, problem
+  (a,) = problem.rest
+  warm = mcmc.adaptation.warm_up(
+    rng_key,
+    problem.step,
+    state,
+    a,
+    windows=row.windows,
+    final_steps=row.warm_up,
+    **settings,
+  )
+  if row.windows:
+    problem = problem.with_reference(warm.mean, warm.preconditioner)
+  return warm, problem
 
 
 def methods(carry, joint, num_linear: int) -> dict:
@@ -148,11 +166,12 @@ def methods(carry, joint, num_linear: int) -> dict:
   estimates["all_between_chains"] = mcmc.estimate(
     carry, mcmc.estimates.BETWEEN_CHAINS
   )
+  others = {} if joint is None else {"polynomial": joint}
   if joint is not None:
     estimates["polynomial"] = mcmc.estimate(joint)._replace(
       variance=estimates["two"].variance
     )
-  choice = mcmc.choose(carry, candidates)
+  choice = mcmc.choose(carry, candidates, others=others)
   estimates["chosen"] = choice.estimate
   found = {name: spread(e, num_linear) for name, e in estimates.items()}
   names, counts = np.unique(choice.chosen, return_counts=True)

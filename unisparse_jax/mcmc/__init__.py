@@ -11,6 +11,7 @@ turns them into means with errors; nothing is stored but moments.
 from unisparse_jax.mcmc import accumulators as accumulators
 from unisparse_jax.mcmc import adaptation as adaptation
 from unisparse_jax.mcmc import base as base
+from unisparse_jax.mcmc import chain_data as chain_data
 from unisparse_jax.mcmc import control_variates as control_variates
 from unisparse_jax.mcmc import covariances as covariances
 from unisparse_jax.mcmc import estimates as estimates

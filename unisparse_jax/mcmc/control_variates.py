@@ -170,7 +170,7 @@ def polynomial_terms(
 
   All functions share the terms g_j (order 1) and also x_i g_j + delta_ij
   (order 2), g the preconditioned gradient; the accumulator is joint, see
-  `estimates.split_shared`. Exact for linear (quadratic) F on any Gaussian.
+  `chain_data.split_shared`. Exact for linear (quadratic) F on any Gaussian.
 
   Args:
     functions: of `poisson`; only their values are used.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.unisparse_jax.mcmc import accumulators_test
-from unisparse_jax.mcmc import estimates
+from unisparse_jax.mcmc import chain_data, estimates
 
 ALL = (*estimates.METHODS, (0.9, 0.4))
 
@@ -126,7 +126,7 @@ def test_shared_terms_give_the_same_coefficients(x64):
     ..., None
   ]
   joint = accumulators_test.fill(joint, 5)
-  together = estimates.estimate(estimates.split_shared(joint, 2))
+  together = estimates.estimate(chain_data.split_shared(joint, 2))
   np.testing.assert_allclose(together.cv_coef, apart.cv_coef, rtol=1e-9)
   np.testing.assert_allclose(together.mean, apart.mean, rtol=1e-12)
   np.testing.assert_allclose(together.mcse, apart.mcse, rtol=1e-8)
