@@ -69,15 +69,23 @@ def chains(trace, names, folder: pathlib.Path) -> pathlib.Path:
   return _save(figure, folder / "chains.png")
 
 
-def calibration(nominal, measured: dict, folder: pathlib.Path) -> pathlib.Path:
+def calibration(found: list[dict], folder: pathlib.Path) -> pathlib.Path | None:
   """Share of intervals that hold the truth against their nominal level."""
-  figure, axis = plt.subplots(figsize=(4, 4))
-  axis.plot([0, 1], [0, 1], color="grey", linewidth=0.7)
-  for name, values in measured.items():
-    axis.plot(nominal, values, "o-", label=name)
-  axis.set_xlabel("nominal level")
-  axis.set_ylabel("measured coverage")
-  axis.legend()
+  found = [record for record in found if "coverage" in record]
+  if not found:
+    return None
+  figure, axes = plt.subplots(
+    1, len(found), figsize=(3.6 * len(found), 3.6), squeeze=False
+  )
+  for axis, record in zip(axes[0], found, strict=True):
+    part = record["coverage"]
+    axis.plot([0.4, 1], [0.4, 1], color="grey", linewidth=0.7)
+    for name in ("plain", "controlled"):
+      axis.plot(part["levels"], part[name], "o-", label=name)
+    axis.set_title(record["target"])
+    axis.set_xlabel("nominal level")
+  axes[0, 0].set_ylabel("measured coverage")
+  axes[0, 0].legend()
   return _save(figure, folder / "calibration.png")
 
 

@@ -113,9 +113,9 @@ def measure(sampler, problem, row: Row, seed: int) -> tuple[dict, np.ndarray]:
     rate = getattr(info, "acceptance_rate", jnp.ones(()))
     return sampler.position(state)[kept], sampler.gradients(info), rate
 
-  sizes, seconds, gradients, rates = [], [], [], []
+  sizes, seconds, cpu_seconds, gradients, rates = [], [], [], [], []
   for _ in range(row.repeats + 1):
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     run = mcmc.run_chains(
       rng_key,
       sampler.step,
@@ -127,6 +127,7 @@ def measure(sampler, problem, row: Row, seed: int) -> tuple[dict, np.ndarray]:
     )
     jax.block_until_ready(run)
     seconds.append(time.perf_counter() - start)
+    cpu_seconds.append(time.process_time() - cpu_start)
     rng_key, state = run.rng_keys, run.state
     draws, count, rate = map(np.asarray, run.trace)
     sizes.append(
@@ -139,6 +140,8 @@ def measure(sampler, problem, row: Row, seed: int) -> tuple[dict, np.ndarray]:
     rates.append(float(rate.mean()))
   # The first run compiles: it serves as warm-up and is dropped.
   sizes, seconds = np.array(sizes[1:]), np.array(seconds[1:])
+  # Of all threads: unlike seconds, hardly moved by other work on the machine.
+  cpu_seconds = np.array(cpu_seconds[1:])
   lowest, middle = sizes.min(1), np.median(sizes, axis=1)
   return {
     "step_size": float(step_size),
@@ -147,6 +150,8 @@ def measure(sampler, problem, row: Row, seed: int) -> tuple[dict, np.ndarray]:
     "median_ess": float(np.median(middle)),
     "max_ess": float(np.median(sizes.max(1))),
     "seconds": float(np.median(seconds)),
+    "cpu_seconds": float(np.median(cpu_seconds)),
+    "min_ess_per_cpu_second": float(np.median(lowest / cpu_seconds)),
     "min_ess_per_second": float(np.median(lowest / seconds)),
     "median_ess_per_second": float(np.median(middle / seconds)),
     "min_ess_per_gradient": float(np.median(lowest / gradients[1:])),
@@ -165,6 +170,7 @@ def table(found: list[dict]) -> rich.table.Table:
     "median_ess",
     "seconds",
     "min_ess_per_second",
+    "min_ess_per_cpu_second",
     "min_ess_per_gradient",
   )
   for column in columns:

@@ -16,7 +16,7 @@ def get_config():
   config.dtype = "float64"
   small = dict(num_chains=16, lengths=(100, 200), warm_up=50, batch_size=10)
   config.rows = (
-    dict(target="diabetes", **small),
+    dict(target="diabetes", calibrate=True, **small),
     dict(target="gp:diabetes:20", squares=False, polynomial=0, **small),
     dict(target="cox:4", squares=False, polynomial=0, **small),
   )
