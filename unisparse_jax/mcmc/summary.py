@@ -64,9 +64,9 @@ def table(
   result = rich_table.Table(title=title)
   result.add_column("")
   for column in COLUMNS:
-    result.add_column(column, justify="right")
+    result.add_column(column.replace("_", " "), justify="right")
   for name, row in summary(estimate, names).items():
-    result.add_row(name, *(f"{row[column]:.4g}" for column in COLUMNS))
+    result.add_row(name, *(f"{row[column]:.3g}" for column in COLUMNS))
   return result
 
 
