@@ -12,7 +12,8 @@ import ml_collections
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.target = "breast_cancer"
+  config.target = "diabetes"
+  config.acceptances = (0.8,)
   config.num_chains = 16
   config.num_steps = 100
   config.warm_up = 20

@@ -46,18 +46,6 @@ def get_config():
       for target in _LATENT
       for acceptance in (0.75, 0.92)
     ),
-    *(
-      dict(
-        target=target,
-        acceptance=0.92,
-        num_chains=200,
-        lengths=(4000,),
-        batch_size=100,
-        polynomial=0,
-        calibrate=True,
-      )
-      for target in _LOGISTIC
-    ),
     dict(
       target="cox:64",
       acceptance=0.82,

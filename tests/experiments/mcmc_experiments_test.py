@@ -16,7 +16,7 @@ from unisparse_jax import records
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def run(name, workdir, *overrides):
+def run(name, workdir):
   """Runs an experiment in a process of its own: it sets JAX's precision."""
   return subprocess.run(
     [
@@ -25,7 +25,6 @@ def run(name, workdir, *overrides):
       f"experiments.{name}",
       f"--config=configs/{name}/smoke.py",
       f"--workdir={workdir}",
-      *overrides,
     ],
     cwd=ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
@@ -47,9 +46,6 @@ def test_variance_reduction(tmp_path):
     assert 0.4 < record["acceptance_rate"] < 0.99
   assert (tmp_path / "factors.png").stat().st_size > 1000
   assert (tmp_path / "calibration.png").stat().st_size > 1000
-  # A second call measures nothing again.
-  run("variance_reduction", tmp_path)
-  assert records.read(tmp_path / "records.jsonl") == found
 
 
 @pytest.mark.slow
@@ -57,16 +53,16 @@ def test_sampler_efficiency(tmp_path):
   out = run("sampler_efficiency", tmp_path)
   found = records.read(tmp_path / "records.jsonl")
   names = {(r["target"], r["sampler"]) for r in found}
-  assert len(names) == len(found) == 21
+  assert len(names) == len(found) == 5
   assert ("gp:diabetes:20", "mgrad_gaussian") in names
   assert all(r["min_ess_per_second"] > 0 for r in found)
-  assert "nuts_laplace" in out
+  assert "cox:4" in out
   assert (tmp_path / "chains.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_sampler_throughput(tmp_path):
-  run("sampler_throughput", tmp_path, "--config.acceptances=(0.8,)")
+  run("sampler_throughput", tmp_path)
   found = {r["kind"]: r for r in records.read(tmp_path / "records.jsonl")}
   assert set(found) == {
     "products",

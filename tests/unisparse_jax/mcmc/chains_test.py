@@ -59,10 +59,10 @@ def run(target, num_chains, num_steps, step_size, *, seed=0, **more):
 
 @pytest.fixture(scope="module")
 def posterior():
-  """200 chains of 2,000 steps on a logistic posterior, at acceptance 0.77."""
+  """200 chains of 1,500 steps on a logistic posterior, at acceptance 0.77."""
   with jax.enable_x64(True):
     target = targets.load_logistic_regression("breast_cancer_mean")
-    yield target, run(target, 200, 2000, 1.0, batch_size=50)
+    yield target, run(target, 200, 1500, 1.0, batch_size=50)
 
 
 def test_the_stream_is_the_stored_chain(x64):

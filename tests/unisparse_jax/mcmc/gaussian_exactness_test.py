@@ -110,13 +110,12 @@ def test_nothing_is_left(sampler, x64):
     assert np.max(sd) < 1e-12
 
 
-@pytest.mark.parametrize("sampler", [gi_mala, gi_rwm])
-def test_ill_conditioned(sampler, x64):
+def test_ill_conditioned(x64):
   # Condition 1e6 in 60 dimensions, factored by eigenvectors. Measured: 1.3e-11
   # and 3e-13 at step_size 1.6 in 100 dimensions, below 1e-11 up to 1.
   mean, covariance = _problem(60, 1e6)
   target = targets.gaussian(mean, covariance)
-  ratio, sd = run(sampler, target, covariance, 0.5, jnp.float64)
+  ratio, sd = run(gi_mala, target, covariance, 0.5, jnp.float64)
   assert ratio < 1e-11
   assert np.max(sd) < 1e-11
 
@@ -124,11 +123,10 @@ def test_ill_conditioned(sampler, x64):
 def test_float32():
   mean, covariance = _problem(4)
   target = targets.gaussian(mean, covariance, dtype=jnp.float32)
-  for sampler in (gi_mala, gi_rwm):
-    ratio, sd = run(sampler, target, covariance, 0.5, jnp.float32)
-    assert ratio < 1e-4
-    # Measured 1e-5 at most, of the product and the exponential.
-    assert np.max(sd) < 1e-4
+  ratio, sd = run(gi_mala, target, covariance, 0.5, jnp.float32)
+  assert ratio < 1e-4
+  # Measured 1e-5 at most, of the product and the exponential.
+  assert np.max(sd) < 1e-4
 
 
 def test_score_alone_is_exact(x64):
