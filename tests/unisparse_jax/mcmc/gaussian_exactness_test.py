@@ -8,6 +8,7 @@ import pytest
 
 from unisparse_jax.mcmc import (
   base,
+  chain_data,
   control_variates,
   covariances,
   estimates,
@@ -157,6 +158,37 @@ def test_score_alone_is_exact(x64):
   fitted = estimates.estimate(result.carry, estimates.LEAST_SQUARES)
   sd = fitted.chain_means.std(0) / np.sqrt(fitted.variance)
   assert np.max(sd) < 1e-9
+
+
+def test_polynomials_are_exact(x64):
+  mean, covariance = _problem(3)
+  target = targets.gaussian(mean, covariance)
+  a = preconditioner.dense(np.eye(3) * 0.2)  # any will do: rejections too
+  variates = control_variates.polynomial_terms(
+    (poisson.Linear(), poisson.Square(), poisson.Product(((0, 2),))),
+    3,
+    order=2,
+  )
+  start = target.sample(jax.random.key(1), 4)
+  gamma = jnp.float64(0.5)
+  result = base.run_chains(
+    jax.random.key(2),
+    base.bind(_KERNELS[gi_mala], target.logdensity_fn),
+    jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn))(start),
+    400,
+    parameters=(gamma, a),
+    collector=variates.collector,
+    carry=variates.init(start),
+    collector_parameters=(poisson.Reference(gamma, jnp.zeros(3), a),),
+    batch_size=10,
+  )
+  joint = chain_data.split_shared(jax.device_get(result.carry), 7)
+  found = estimates.estimate(joint)
+  exact = [*mean, *(mean**2 + np.diag(covariance))]
+  exact.append(mean[0] * mean[2] + covariance[0, 2])
+  np.testing.assert_allclose(found.mean, exact, atol=1e-9)
+  assert np.min(np.abs(found.plain_mean - exact)) > 1e-4
+  assert float(result.stats.acceptance_rate.mean()) < 0.99
 
 
 def test_latent_gaussian_with_a_gaussian_likelihood(x64):
