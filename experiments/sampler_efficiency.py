@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Effective sample sizes of our samplers and their peers, per second too."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  mcmc_figures,
+  mcmc_peers,
+  mcmc_problems,
+  sampler_efficiency_run,
+)
+from unisparse_jax import records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Of the experiment: its rows, seed, and "float32" or "float64"."""
+
+  rows: tuple[sampler_efficiency_run.Row, ...]
+  seed: int = 0
+  dtype: str = "float64"
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  settings = flags_and_configs.to_dataclass(
+    Settings, _CONFIG.value, name="config"
+  )
+  jax.config.update("jax_enable_x64", settings.dtype == "float64")
+  workdir = records.claim_workdir(_WORKDIR.value, settings)
+  flags_and_configs.start_jax(workdir)
+  file = workdir / "records.jsonl"
+  found = records.read(file) if file.exists() else []
+  done = {(r["row"], r["sampler"]) for r in found}
+  writer = records.RecordWriter(file, settings)
+  console = rich.console.Console(width=140)
+  for number, row in enumerate(settings.rows):
+    missing = [s for s in row.samplers if (number, s) not in done]
+    if not missing:
+      continue
+    problem = mcmc_problems.make(row.target, jnp.dtype(settings.dtype))
+    traces = {}
+    for name in missing:
+      sampler = mcmc_peers.make(name, problem)
+      measured, traces[name] = sampler_efficiency_run.measure(
+        sampler, problem, row, settings.seed
+      )
+      writer.write(row=number, target=row.target, sampler=name, **measured)
+      console.print(
+        f"{row.target} {name}: {measured['min_ess_per_second']:.4g}"
+      )
+    mcmc_figures.chains(list(traces.values()), list(traces), workdir)
+  console.print(table(records.read(file)))
+
+
+def table(found: list[dict]) -> rich.table.Table:
+  """All records, best minimal ESS per second of a target first."""
+  result = rich.table.Table(title="bulk ESS over coordinates, all chains")
+  columns = (
+    "target",
+    "sampler",
+    "acceptance_rate",
+    "min_ess",
+    "median_ess",
+    "seconds",
+    "min_ess_per_second",
+    "min_ess_per_cpu_second",
+    "min_ess_per_gradient",
+  )
+  for column in columns:
+    result.add_column(column)
+  order = sorted(found, key=lambda r: (r["target"], -r["min_ess_per_second"]))
+  for record in order:
+    result.add_row(
+      *(
+        f"{record[c]:.4g}" if isinstance(record[c], float) else record[c]
+        for c in columns
+      )
+    )
+  return result
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)
