@@ -194,7 +194,8 @@ def pareto_k(log_weights: np.ndarray) -> float | None:
     return None
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # It warns of what the report says.
-    _, shape = array_stats.psislw(np.maximum(log_weights, -1e300))
+    # It takes log-likelihoods left out, the negatives of log-weights.
+    _, shape = array_stats.psislw(-np.maximum(log_weights, -1e300))
   return float(shape)
 
 

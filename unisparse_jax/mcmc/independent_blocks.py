@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from unisparse_jax.mcmc import accumulators, base, checks, expectations
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
-# Accept steps of one fused loop body: with a thousand chains a step is less
-# work than the start of a loop iteration on a GPU.
-_UNROLL = 16
+# Accept steps of one fused loop body on a GPU, where a step of a thousand chains
+# is less work than the start of a loop iteration.
+_GPU_UNROLL = 16
 
 
 def init_chains(
@@ -210,7 +210,10 @@ def decide(
   numbers = jnp.arange(proposed.shape[0], dtype=jnp.int32)
   start = (log_weight, jnp.full(log_weight.shape, -1, jnp.int32))
   (_, last), steps = jax.lax.scan(
-    one_step, start, (numbers, proposed, is_valid, uniform), unroll=_UNROLL
+    one_step,
+    start,
+    (numbers, proposed, is_valid, uniform),
+    unroll=_GPU_UNROLL if jax.default_backend() == "gpu" else 1,
   )
   return Decisions(*steps, last)
 

@@ -56,7 +56,7 @@ class FitSettings:
   gradient_steps: int = 1_000
   gradient_draws: int = 32
   learning_rate: float = 0.02
-  heavy_weight: float = 0.05
+  heavy_weight: float = 0.01
   heavy_dof: float = 5.0
   heavy_inflation: float = 2.0
   num_frozen_steps: int = 200
@@ -291,8 +291,9 @@ def _reverse_loop(rng_key, logdensity_fn, start, settings):
     noise = jnp.concatenate([noise, -noise], axis=1)
     slope = jax.grad(loss)(parameters, noise)
     slope = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), slope)
-    updates, state = optimizer.update(slope, state)
-    parameters = optax.apply_updates(parameters, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts in int32.
+      updates, state = optimizer.update(slope, state)
+      parameters = optax.apply_updates(parameters, updates)
     # The mean of the last quarter's parameters has less noise than the last.
     late = (number >= 3 * settings.gradient_steps // 4).astype(dtype)
     mean = jax.tree.map(lambda m, p: m + late * p, mean, parameters)
