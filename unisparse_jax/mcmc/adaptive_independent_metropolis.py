@@ -189,13 +189,15 @@ def pareto_k(log_weights: np.ndarray) -> float | None:
   if np.ptp(log_weights) < 1e-9:
     return float("-inf")
   try:
-    from arviz_stats.base import array_stats  # Optional: the `mcmc` extra.
+    import arviz_stats.base  # Optional: the `mcmc` extra.
   except ImportError:
     return None
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # It warns of what the report says.
     # It takes log-likelihoods left out, the negatives of log-weights.
-    _, shape = array_stats.psislw(-np.maximum(log_weights, -1e300))
+    _, shape = arviz_stats.base.array_stats.psislw(
+      -np.maximum(log_weights, -1e300)
+    )
   return float(shape)
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from unisparse_jax.mcmc import accumulators, base, checks, expectations
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
-# Accept steps of one fused loop body on a GPU, where a step of a thousand chains
-# is less work than the start of a loop iteration.
+# Accept steps of one fused loop body on a GPU, where a step of a thousand
+# chains is less work than the start of a loop iteration.
 _GPU_UNROLL = 16
 
 

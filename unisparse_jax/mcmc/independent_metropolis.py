@@ -256,7 +256,7 @@ def control(
   safe = jnp.where(is_possible, proposed, value)
   change = acceptance_rate * (safe - value)
   static = proposed - expectation
-  if log_weight is None:
+  if log_weight is None or log_weight_prev is None:
     return jnp.stack([change, static])
   ahead = jnp.where(is_possible, log_weight, log_weight_prev)
   unlike = -jnp.expm1(-jnp.abs(ahead - log_weight_prev))

@@ -267,10 +267,10 @@ def mixture(weights: Sequence[float], parts: Sequence[Any]) -> Mixture:
   """
   parts = tuple(parts)
   checks.require(bool(parts), "parts", "hold a proposal", parts)
-  weights = jnp.asarray(weights)
-  checks.check_shape("weights", weights, ("num_parts",), (len(parts),))
-  checks.check_open_interval("weights", weights, 0.0, float("inf"))
-  return Mixture(jnp.log(weights / jnp.sum(weights)), parts)
+  shares = jnp.asarray(weights)
+  checks.check_shape("weights", shares, ("num_parts",), (len(parts),))
+  checks.check_open_interval("weights", shares, 0.0, float("inf"))
+  return Mixture(jnp.log(shares / jnp.sum(shares)), parts)
 
 
 def defensive(

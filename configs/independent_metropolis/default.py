@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Posterior means and marginal likelihoods: all cases of the README.
+
+Run:     python -m experiments.independent_metropolis
+           --config=configs/independent_metropolis/default.py
+           --workdir=out/independent_metropolis
+Device:  CPU, 2 cores, about 20 minutes.
+Expect:  results/independent_metropolis_cpu.jsonl.
+"""
+
+import ml_collections
+
+_START = dict(label="start", kind="start")
+
+
+def _adapted(components, objective="forward", **more):
+  return dict(
+    label=f"adapted_{components}",
+    kind="adapted",
+    num_components=components,
+    objective=objective,
+    **more,
+  )
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  one, four = _adapted(1), _adapted(4)
+  wide = _adapted(16, "both", heavy_weight=0.02, num_steps=6_000)
+  config.posteriors = (
+    *(
+      dict(name=f"shift_{s}", fits=(_START,), peers=("snis",))
+      for s in (0.02, 0.1, 0.3, 0.6, 1.0)
+    ),
+    dict(
+      name="breast_cancer_mean",
+      fits=(_START, one, four),
+      peers=("snis", "pathfinder", "nuts"),
+    ),
+    dict(name="breast_cancer", fits=(_START, one)),
+    dict(
+      name="eight_schools_noncentred",
+      fits=(wide,),
+      peers=("snis", "pathfinder", "nuts"),
+    ),
+    dict(name="eight_schools_centred", fits=(wide,)),
+    dict(
+      name="mixture_posterior",
+      fits=(_adapted(8, "both"),),
+      peers=("snis", "pathfinder", "nuts"),
+    ),
+    dict(
+      name="gp_regression",
+      fits=(_START, _adapted(1, num_chains=64), _adapted(4, num_chains=64)),
+      peers=("snis", "pathfinder", "nuts"),
+      num_draws=1_000,
+      nuts_draws=500,
+      nuts_chains=20,
+    ),
+  )
+  config.evidence = dict(
+    mixture_steps=(None, 2.0, 1.0, 0.5),
+    problems=(
+      *(
+        dict(prior="student_t", dof=d, conflict=c)
+        for d in (5.0, 30.0)
+        for c in (0.0, 2.0, 4.0)
+      ),
+      *(dict(prior="laplace", dim=1, conflict=c) for c in (0.0, 4.0)),
+    ),
+  )
+  return config
