@@ -189,15 +189,14 @@ def pareto_k(log_weights: np.ndarray) -> float | None:
   if np.ptp(log_weights) < 1e-9:
     return float("-inf")
   try:
-    import arviz_stats.base  # Optional: the `mcmc` extra.
+    from arviz_stats import base as arviz  # Optional: the `mcmc` extra.
   except ImportError:
     return None
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # It warns of what the report says.
     # It takes log-likelihoods left out, the negatives of log-weights.
-    _, shape = arviz_stats.base.array_stats.psislw(
-      -np.maximum(log_weights, -1e300)
-    )
+    finite = -np.maximum(log_weights, -1e300)
+    _, shape = arviz.array_stats.psislw(finite)  # pyright: ignore
   return float(shape)
 
 

@@ -271,8 +271,12 @@ def _reverse_loop(rng_key, logdensity_fn, start, settings):
     parts = mixture.components
     drawn = parts.mean[:, None] + jnp.einsum("kij,knj->kni", parts.chol, noise)
 
+    # The slope of log q in its own parameters has mean zero under q: without it
+    # the noise vanishes where q = pi (Roeder, Wu, Duvenaud 2017).
+    fixed = jax.lax.stop_gradient(mixture)
+
     def gain(x):
-      return logdensity_fn(x) - mixture.logdensity(x)
+      return logdensity_fn(x) - fixed.logdensity(x)
 
     gains = jax.vmap(jax.vmap(gain))(drawn)
     # A draw outside the support says nothing about the slope inside.
