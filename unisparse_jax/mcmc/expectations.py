@@ -146,9 +146,11 @@ class Tail:
     # P(t < z) = 1 - I(dof / (dof + z^2); dof / 2, 1 / 2) / 2 for z > 0
     z, dof = self._standardised(part.base), part.dof
     argument = dof / (dof + jnp.square(z))
-    dof = jnp.broadcast_to(dof, z.shape)
     half = (
-      jax.scipy.special.betainc(dof / 2, jnp.full_like(z, 0.5), argument) / 2
+      jax.scipy.special.betainc(
+        jnp.full_like(z, dof / 2), jnp.full_like(z, 0.5), argument
+      )
+      / 2
     )
     return jnp.where(z > 0, 1 - half, half)
 
@@ -313,9 +315,8 @@ def _under_student_t(functional: Any, part: proposals.StudentT) -> Values:
 
 
 def _require_dof(part: proposals.StudentT, order: int):
-  dof = checks.concrete(part.dof)
-  ok = dof is None or float(dof) > order
-  checks.require(ok, "dof", f"be > {order} for a moment of that order", dof)
+  rule = f"be > {order} for a moment of that order"
+  checks.require(part.dof > order, "dof", rule, part.dof)
 
 
 def _unknown(functional: Any, proposal: Any) -> ValueError:

@@ -10,17 +10,17 @@ distributions, Gaussian mixtures and mixtures of those.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from unisparse_jax.mcmc import checks
 
-_LOG_2PI = float(np.log(2 * np.pi))
+_LOG_2PI = math.log(2 * math.pi)
 
 
 class Proposal(Protocol):
@@ -75,28 +75,34 @@ class StudentT:
 
   Attributes:
     base: location and scale matrix, as the Gaussian of infinite `dof` has them.
-    dof: degrees of freedom; the covariance is scale * dof / (dof - 2).
+    dof: degrees of freedom, static; the covariance is scale * dof / (dof - 2).
   """
 
   base: Gaussian
-  dof: Float[Array, ""]
+  dof: float = dataclasses.field(metadata={"static": True})
 
   @property
   def dim(self) -> int:
     return self.base.dim
 
   def sample(self, rng_key: Any) -> Float[Array, " dim"]:
-    key_normal, key_gamma = jax.random.split(rng_key)
-    # chi^2 with dof degrees of freedom, over dof
-    precision = 2 * jax.random.gamma(key_gamma, self.dof / 2) / self.dof
+    key_normal, key_chi2 = jax.random.split(rng_key)
+    precision = self._chi_squared(key_chi2) / self.dof
     offset = self.base.sample(key_normal) - self.base.mean
     return self.base.mean + offset / jnp.sqrt(precision)
 
+  def _chi_squared(self, rng_key: Any) -> Float[Array, ""]:
+    dtype = self.base.mean.dtype
+    if self.dof == int(self.dof) and self.dof <= 64:
+      # A gamma draw is a rejection loop, slow to compile and under vmap.
+      normal = jax.random.normal(rng_key, (int(self.dof),), dtype)
+      return jnp.sum(jnp.square(normal))
+    return 2 * jax.random.gamma(rng_key, self.dof / 2, dtype=dtype)
+
   def logdensity(self, position: Float[Array, " dim"]) -> Float[Array, ""]:
     half, dim = self.dof / 2, self.dim
-    gammaln = jax.scipy.special.gammaln
-    constant = gammaln(half + dim / 2) - gammaln(half)
-    constant = constant - dim / 2 * jnp.log(self.dof * np.pi)
+    constant = math.lgamma(half + dim / 2) - math.lgamma(half)
+    constant = constant - dim / 2 * math.log(self.dof * math.pi)
     tail = jnp.log1p(squared_norm(self.base, position) / self.dof)
     return constant - log_det_chol(self.base) - (half + dim / 2) * tail
 
@@ -224,8 +230,7 @@ def student_t(
     ValueError: dof is not positive, or as in `gaussian`.
   """
   checks.check_open_interval("dof", dof, 0.0, float("inf"))
-  base = gaussian(location, scale)
-  return StudentT(base, jnp.asarray(dof, base.mean.dtype))
+  return StudentT(gaussian(location, scale), float(dof))
 
 
 def gaussian_mixture(
@@ -295,7 +300,7 @@ def defensive(
   checks.check_open_interval("dof", dof, 0.0, float("inf"))
   mean, covariance = moments(proposal)
   chol = jnp.linalg.cholesky(covariance * inflation)
-  heavy = StudentT(gaussian_from_chol(mean, chol), jnp.asarray(dof, mean.dtype))
+  heavy = StudentT(gaussian_from_chol(mean, chol), float(dof))
   weights = jnp.asarray([1 - weight, weight], mean.dtype)
   return Mixture(jnp.log(weights), (proposal, heavy))
 
@@ -312,9 +317,7 @@ def moments(
     return proposal.mean, proposal.covariance()
   if isinstance(proposal, StudentT):
     dof = proposal.dof
-    known = checks.concrete(dof)
-    ok = known is None or float(known) > 2
-    checks.require(ok, "dof", "be > 2 for a covariance", known)
+    checks.require(dof > 2, "dof", "be > 2 for a covariance", dof)
     return proposal.base.mean, proposal.base.covariance() * (dof / (dof - 2))
   if isinstance(proposal, GaussianMixture):
     components = proposal.components
