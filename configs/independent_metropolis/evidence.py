@@ -16,13 +16,14 @@ def get_config():
   config.seed = 0
   config.evidence = dict(
     mixture_steps=(None, 2.0, 1.0, 0.5),
+    num_replicates=16,
     problems=(
-      *(
-        dict(prior="student_t", dof=d, conflict=c)
-        for d in (5.0, 30.0)
-        for c in (0.0, 2.0, 4.0)
-      ),
-      *(dict(prior="laplace", dim=1, conflict=c) for c in (0.0, 4.0)),
+      dict(prior="student_t", dof=5.0, conflict=4.0),
+      dict(prior="laplace", dim=1, conflict=4.0),
+      dict(prior="student_t", dof=30.0, conflict=4.0),
+      dict(prior="student_t", dof=5.0, conflict=2.0),
+      dict(prior="student_t", dof=5.0, conflict=0.0),
+      dict(prior="laplace", dim=1, conflict=0.0),
     ),
   )
   return config

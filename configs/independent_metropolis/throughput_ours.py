@@ -13,5 +13,12 @@ import ml_collections
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.throughput = dict(implementation="ours")
+  config.throughput = dict(
+    implementation="ours",
+    num_chains=1_000,
+    num_steps=1_000,
+    block_size=100,
+    num_terms=2,
+    repeats=5,
+  )
   return config
