@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.unisparse_jax.mcmc import accumulators_test
-from unisparse_jax.mcmc import estimates
+from unisparse_jax.mcmc import chain_data, estimates
 
 ALL = (*estimates.METHODS, (0.9, 0.4))
 
@@ -117,6 +117,34 @@ def test_useless_terms_are_not_chosen(x64):
   assert np.all(never.estimate.factor > 0.9)
 
 
+def test_other_terms_compete(x64):
+  # Terms that explain everything, in an accumulator of their own.
+  values = correlated(9, 20, 20)
+  noise = values[:, :, 0] - values[:, :, 1] - 0.5 * values[:, :, 2] - 7
+  better = np.concatenate([values, noise[:, :, None]], axis=2)
+  filled = accumulators_test.fill(values, 5)
+  choice = estimates.choose(
+    filled,
+    {"both": estimates.Candidate(terms=(0, 1))},
+    others={"more": accumulators_test.fill(better, 5)},
+  )
+  assert choice.chosen == ["more"] * 3
+  assert np.all(np.isnan(choice.estimate.cv_coef))
+  assert np.all(choice.estimate.factor > 1e6)
+
+
+def test_chains_that_did_not_mix_keep_their_plain_mean(x64):
+  # Within each chain the term explains F; between chains it adds variance.
+  rng = np.random.default_rng(10)
+  values = correlated(10, 20, 20)
+  values[:, :, 1] += 10 * rng.standard_normal((20, 1, 3))
+  choice = estimates.choose(
+    accumulators_test.fill(values, 5),
+    {"first": estimates.Candidate(terms=(0,))},
+  )
+  assert choice.chosen == ["plain"] * 3
+
+
 def test_shared_terms_give_the_same_coefficients(x64):
   # Two functions and the same two terms, once apart and once joint.
   values = correlated(6, 30, 12)[..., :2]
@@ -126,7 +154,7 @@ def test_shared_terms_give_the_same_coefficients(x64):
     ..., None
   ]
   joint = accumulators_test.fill(joint, 5)
-  together = estimates.estimate(estimates.split_shared(joint, 2))
+  together = estimates.estimate(chain_data.split_shared(joint, 2))
   np.testing.assert_allclose(together.cv_coef, apart.cv_coef, rtol=1e-9)
   np.testing.assert_allclose(together.mean, apart.mean, rtol=1e-12)
   np.testing.assert_allclose(together.mcse, apart.mcse, rtol=1e-8)

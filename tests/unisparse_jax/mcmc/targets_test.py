@@ -102,7 +102,7 @@ def test_laplace(x64):
   assert bool(found.is_converged)
   np.testing.assert_allclose(found.mean, np.arange(5.0), atol=1e-9)
   np.testing.assert_allclose(found.covariance, covariance, rtol=1e-6)
-  posterior = targets.load_logistic_regression("breast_cancer")
+  posterior = targets.load_logistic_regression("diabetes")
   found = laplace.laplace(posterior.logdensity_fn, posterior.start)
   assert bool(found.is_converged)
   slope = jax.grad(posterior.logdensity_fn)(found.mean)

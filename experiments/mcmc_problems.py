@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Posteriors by name, each with the Gaussian-invariant sampler that fits it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unisparse_jax import mcmc
+
+_MALA = mcmc.gi_mala.build_kernel()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+  """A posterior and how it is sampled.
+
+  Attributes:
+    name: of the posterior.
+    target: `targets.Target` or `latent_targets.LatentTarget`.
+    step: (rng_key, state, step_size, *rest) -> (state, info).
+    init: vector -> state.
+    rest: parameters after step_size.
+    start: (rng_key, num_chains) -> [num_chains, dim], near the posterior.
+    reference: step_size -> `poisson.Reference`.
+    hooks: of `control_variates.poisson_terms` for this sampler.
+    coordinates: of interest; None for all.
+  """
+
+  name: str
+  target: Any
+  step: Callable
+  init: Callable
+  rest: tuple
+  start: Callable
+  reference: Callable
+  hooks: dict
+  coordinates: tuple[int, ...] | None = None
+
+  @property
+  def is_latent(self) -> bool:
+    return isinstance(self.target, mcmc.latent_targets.LatentTarget)
+
+  def with_reference(self, mean: Any, preconditioner: Any) -> "Problem":
+    """The same with the mean and the preconditioner of a warm-up."""
+    return dataclasses.replace(
+      self,
+      rest=(preconditioner,),
+      reference=lambda gamma: mcmc.poisson.Reference(
+        gamma, mean, preconditioner
+      ),
+    )
+
+
+def make(name: str, dtype: Any = None) -> Problem:
+  """A problem.
+
+  Args:
+    name: a data set of `targets.load_labelled` (also a CSV file) for logistic
+      regression with a N(0, 1) prior; "gp:DATA:ROWS" for Gaussian process
+      classification of that many rows; "cox:SIDE" or "cox_dense:SIDE";
+      "gp_regression:ROWS".
+    dtype: of the computations.
+  """
+  kind, _, more = name.partition(":")
+  if kind == "gp":
+    data, rows = more.split(":")
+    features, labels = mcmc.targets.load_labelled(data)
+    kept = np.random.default_rng(0).permutation(len(labels))[: int(rows)]
+    kept.sort()
+    features = features[kept]
+    features = features[:, features.std(0) > 0]
+    target = mcmc.latent_targets.gp_classification(
+      features, labels[kept], dtype=dtype, name=name
+    )
+    return _latent(name, target)
+  if kind == "gp_regression":
+    inputs, _ = mcmc.targets.load_labelled("breast_cancer_mean")
+    return _latent(
+      name,
+      mcmc.latent_targets.gp_regression(inputs[: int(more)], dtype=dtype),
+    )
+  if kind in ("cox", "cox_dense"):
+    embedding = "torus" if kind == "cox" else "dense"
+    target = mcmc.latent_targets.log_gaussian_cox(
+      int(more), embedding=embedding, dtype=dtype
+    )
+    return _latent(name, target)
+  target = mcmc.targets.load_logistic_regression(name, dtype=dtype)
+  found = mcmc.laplace.laplace(target.logdensity_fn, target.start)
+  if not bool(found.is_converged):
+    raise ValueError(
+      f"target must have a mode that Newton's method finds; got name={name}."
+    )
+  a = mcmc.preconditioner.dense(found.covariance)
+
+  def start(rng_key, num_chains):
+    shape = (num_chains, target.dim)
+    white = jax.random.normal(rng_key, shape, found.mean.dtype)
+    return found.mean[None] + jax.vmap(a.root)(white)
+
+  return Problem(
+    name=name,
+    target=target,
+    step=mcmc.bind(_MALA, target.logdensity_fn),
+    init=lambda x: mcmc.gi_mala.init(x, target.logdensity_fn),
+    rest=(a,),
+    start=start,
+    reference=lambda gamma: mcmc.poisson.Reference(gamma, found.mean, a),
+    hooks={},
+  )
+
+
+def _latent(name, target) -> Problem:
+  sampler = mcmc.gi_latent_gaussian
+  kernel = sampler.build_kernel(target.curvature_fn)
+  dtype = target.covariance.values.dtype
+  zero = jnp.zeros((target.dim,), dtype)
+  centre = sampler.init(
+    zero, target.likelihood_fn, target.covariance, target.curvature_fn
+  )
+
+  def start(rng_key, num_chains):
+    white = jax.random.normal(rng_key, (num_chains, target.dim), dtype)
+    return 0.1 * jax.vmap(target.from_white)(white)
+
+  # Any fixed reference is valid; the curvature at the prior mean is near enough
+  # for the score, and linear functions do not see the reference's mean.
+  def reference(gamma):
+    return sampler.reference(gamma, zero, target.covariance, centre.curvature)
+
+  observed = target.observed
+  return Problem(
+    name=name,
+    target=target,
+    step=mcmc.bind(kernel, target.likelihood_fn),
+    init=lambda x: sampler.init(
+      x, target.likelihood_fn, target.covariance, target.curvature_fn
+    ),
+    rest=(target.covariance,),
+    start=start,
+    reference=reference,
+    hooks=dict(
+      covariance_fn=sampler.proposal_covariance,
+      precond_grad_fn=sampler.reference_precond_grad,
+    ),
+    coordinates=None if observed is None else tuple(observed.tolist()),
+  )

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unisparse_jax.mcmc import (
+  adaptation,
+  base,
+  control_variates,
+  estimates,
+  gi_latent_gaussian,
+  latent_targets,
+  poisson,
+  targets,
+)
+
+
+def test_gp_classification(x64):
+  features, labels = targets.load_labelled("diabetes")
+  target = latent_targets.gp_classification(features[:8], labels[:8])
+  x = jnp.linspace(-1, 1, 8)
+  prior = -0.5 * x @ np.linalg.solve(target.matrix, np.asarray(x))
+  sign = 2.0 * labels[:8] - 1
+  fit = -np.log1p(np.exp(-sign * np.asarray(x))).sum()
+  np.testing.assert_allclose(target.logdensity_fn(x), fit + prior, rtol=1e-6)
+  white = jax.random.normal(jax.random.key(0), (8,))
+  np.testing.assert_allclose(
+    target.white_logdensity_fn(white),
+    target.logdensity_fn(target.from_white(white)),
+    rtol=1e-6,
+  )
+  distance = np.sum((features[0] - features[1]) ** 2 / features[:8].var(0))
+  np.testing.assert_allclose(
+    target.matrix[0, 1], 2 * np.exp(-distance / 2 / 10), rtol=1e-10
+  )
+
+
+def test_the_torus_holds_the_grid(x64):
+  torus = latent_targets.log_gaussian_cox(4)
+  grid = latent_targets.log_gaussian_cox(4, embedding="dense")
+  assert torus.dim == 64 and grid.dim == 16
+  np.testing.assert_array_equal(torus.data, grid.data)
+  units = jnp.eye(64)[torus.observed]
+  rows = jax.vmap(
+    lambda e: torus.covariance.from_eigen(
+      torus.covariance.values * torus.covariance.to_eigen(e)
+    )
+  )(units)
+  np.testing.assert_allclose(
+    rows[:, torus.observed], grid.matrix, rtol=1e-6, atol=1e-9
+  )
+  x = jax.random.normal(jax.random.key(0), (64,))
+  np.testing.assert_allclose(
+    torus.likelihood_fn(x), grid.likelihood_fn(x[torus.observed])
+  )
+  # Counts are not all alike, and their law has the constants of the benchmark.
+  many = latent_targets.log_gaussian_cox(32, seed=3)
+  assert 40 < many.data.sum() < 400
+
+
+def test_torus_and_grid_agree_on_the_posterior(x64):
+  found = []
+  for embedding in ("torus", "dense"):
+    target = latent_targets.log_gaussian_cox(4, embedding=embedding)
+    kernel = gi_latent_gaussian.build_kernel(target.curvature_fn)
+    step = base.bind(kernel, target.likelihood_fn)
+    start = jnp.zeros((32, target.dim))
+    state = jax.vmap(
+      lambda x, t=target: gi_latent_gaussian.init(
+        x, t.likelihood_fn, t.covariance, t.curvature_fn
+      )
+    )(start)
+    warm = adaptation.adapt_step_size(
+      jax.random.key(0),
+      step,
+      state,
+      200,
+      rest=(target.covariance,),
+      start=0.3,
+      target_acceptance=0.82,
+    )
+    coordinates = (
+      None if target.observed is None else tuple(target.observed.tolist())
+    )
+    variates = control_variates.poisson_terms(
+      poisson.Linear(coordinates),
+      covariance_fn=gi_latent_gaussian.proposal_covariance,
+      precond_grad_fn=gi_latent_gaussian.reference_precond_grad,
+    )
+    reference = gi_latent_gaussian.reference(
+      warm.step_size, jnp.zeros(target.dim), target.covariance, jnp.float64(0.5)
+    )
+    run = base.run_chains(
+      warm.rng_keys,
+      step,
+      warm.state,
+      1000,
+      parameters=(warm.step_size, target.covariance),
+      collector=variates.collector,
+      carry=variates.init(warm.state.position),
+      collector_parameters=(reference,),
+      batch_size=50,
+    )
+    choice = estimates.choose(run.carry, control_variates.candidates(3))
+    assert np.median(choice.estimate.factor) > 3
+    assert np.all(choice.estimate.factor > 0.9)
+    found.append(choice.estimate)
+  gap = np.abs(found[0].mean - found[1].mean)
+  assert np.max(gap / np.hypot(found[0].mcse, found[1].mcse)) < 4
+
+
+def test_gp_regression_is_gaussian(x64):
+  inputs = np.random.default_rng(0).standard_normal((10, 3))
+  target = latent_targets.gp_regression(inputs, noise=0.1)
+  algorithm = gi_latent_gaussian.as_top_level_api(
+    target.likelihood_fn, 0.9, target.covariance
+  )
+  start = jax.vmap(algorithm.init)(jnp.zeros((4, 10)))
+  run = base.run_chains(jax.random.key(0), algorithm.step, start, 100)
+  assert np.all(run.stats.num_accepted == 100)
+  assert np.max(run.stats.max_abs_log_ratio) < 1e-8
+
+
+def test_bad_arguments_are_named():
+  with pytest.raises(ValueError, match=r"embedding must be a known name"):
+    latent_targets.log_gaussian_cox(4, embedding="sphere")
+  with pytest.raises(ValueError, match=r"labels must be 0 and 1"):
+    latent_targets.gp_classification(np.eye(3), np.array([0, 1, 2]))
