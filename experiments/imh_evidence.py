@@ -68,7 +68,8 @@ class Problem:
     The trapezoidal rule in the logarithm of the variance, whose integrand is
     analytic: its error falls exponentially in 1 / step.
     """
-    log_variance = np.arange(-14, 14, step)
+    # A Laplace prior's weights fall off like the variance itself.
+    log_variance = np.arange(-30, 14, step)
     variance = np.exp(log_variance)
     if self.prior == "student_t":
       half = self.dof / 2  # variance is inverse gamma(half, half)

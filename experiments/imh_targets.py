@@ -81,7 +81,7 @@ def logistic(name: str) -> Case:
   )
 
 
-def eight_schools(*, centred: bool) -> Case:
+def eight_schools(*, centred: bool, reference_draws: int = 1_000_000) -> Case:
   """Effects of eight schools: mu ~ N(0, 5^2), tau ~ half-Cauchy(5).
 
   Coordinates are mu, log tau, and either the effects theta_j or
@@ -106,7 +106,9 @@ def eight_schools(*, centred: bool) -> Case:
 
   spread = [30.0] * 8 if centred else [1.0] * 8
   middle = [5.0] * 8 if centred else [0.0] * 8
-  draws = eight_schools_draws(np.random.default_rng(0), 1_000_000, centred)
+  draws = eight_schools_draws(
+    np.random.default_rng(0), reference_draws, centred
+  )
   values = np.concatenate([draws, draws**2], axis=1)
   return Case(
     name=f"eight_schools_{'' if centred else 'non'}centred",

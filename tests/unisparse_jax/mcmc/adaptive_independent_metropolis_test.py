@@ -15,6 +15,8 @@ from unisparse_jax.mcmc import (
   proposals,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MEANS = np.array([[1.5, 0.0], [-0.5, 1.0]])
 WEIGHTS = np.array([0.4, 0.6])
 SPREADS = np.array([[[0.6, 0.2], [0.2, 0.5]], [[0.8, -0.3], [-0.3, 0.7]]])
@@ -47,7 +49,7 @@ FORWARD = proposal_fits.FitSettings(
 
 
 @pytest.fixture(scope="module")
-def adapted_and_warnings():
+def adapted_and_warnings(quick_compile):
   with jax.enable_x64(True), warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     result = adaptive_independent_metropolis.adapt(

@@ -18,6 +18,8 @@ from unisparse_jax.mcmc import (
 )
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KERNEL = sampler.build_kernel()
 
 
