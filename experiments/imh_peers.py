@@ -8,8 +8,6 @@ that all are judged by their error over replicates.
 import functools
 from typing import Any, NamedTuple
 
-import blackjax
-import blackjax.diagnostics
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +80,10 @@ def pathfinder_psis(
   One fit from the start's mean; replicates are fresh draws of it. The L-BFGS
   path is not counted as evaluations.
   """
+  # Optional: the `mcmc` extra.
+  import blackjax
+  from blackjax import diagnostics
+
   key_fit, key_draws = jax.random.split(rng_key)
   fit, _ = jax.jit(
     functools.partial(
@@ -95,7 +97,7 @@ def pathfinder_psis(
     drawn, log_q = blackjax.vi.pathfinder.sample(key, fit, num_draws)
     level = jax.vmap(case.logdensity_fn)(drawn) - log_q
     level = jnp.where(jnp.isfinite(level), level, -1e30)
-    smoothed, shape = blackjax.diagnostics.psis_weights(level)
+    smoothed, shape = diagnostics.psis_weights(level)
     values = jax.vmap(functional)(drawn)
     return jnp.exp(smoothed) @ values, jnp.mean(values, axis=0), shape
 
@@ -117,6 +119,8 @@ def nuts(
   num_warmup: int = 500,
 ) -> dict[str, Replicates]:
   """BlackJAX NUTS after window adaptation of one chain; a chain a replicate."""
+  import blackjax  # Optional: the `mcmc` extra.
+
   key_warmup, key_run = jax.random.split(rng_key)
   warmup = blackjax.window_adaptation(blackjax.nuts, case.logdensity_fn)
   (state, parameters), _ = warmup.run(
