@@ -27,7 +27,6 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   one = _adapted(1)
-  wide = _adapted(16, "both", heavy_weight=0.02, num_steps=6_000)
   config.posteriors = (
     *(
       dict(name=f"shift_{s}", fits=(_START,), peers=("snis",))
@@ -39,17 +38,6 @@ def get_config():
       peers=("snis", "pathfinder", "nuts"),
     ),
     dict(name="breast_cancer", fits=(_START, one)),
-    dict(
-      name="eight_schools_noncentred",
-      fits=(wide,),
-      peers=("snis", "pathfinder", "nuts"),
-    ),
-    dict(name="eight_schools_centred", fits=(wide,), peers=("snis",)),
-    dict(
-      name="mixture_posterior",
-      fits=(_adapted(8, "both"),),
-      peers=("snis", "pathfinder", "nuts"),
-    ),
     dict(
       name="gp_regression",
       fits=(_START, _adapted(4, num_chains=64, num_steps=2_000)),
