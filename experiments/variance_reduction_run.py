@@ -133,9 +133,10 @@ def methods(carry, joint, num_linear: int) -> dict:
   estimates["two_least_squares"] = mcmc.estimate(
     carry, mcmc.estimates.LEAST_SQUARES, terms=(0, 1)
   )
-  estimates["all_between_chains"] = mcmc.estimate(
-    carry, mcmc.estimates.BETWEEN_CHAINS
-  )
+  if carry.num_batches.shape[0] >= mcmc.estimates.MIN_CHAINS_FOR_MCSE:
+    estimates["all_between_chains"] = mcmc.estimate(
+      carry, mcmc.estimates.BETWEEN_CHAINS
+    )
   others = {} if joint is None else {"polynomial": joint}
   if joint is not None:
     estimates["polynomial"] = mcmc.estimate(joint)._replace(

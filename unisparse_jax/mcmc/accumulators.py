@@ -81,7 +81,7 @@ class Accumulator(NamedTuple):
 
 def dtype() -> jnp.dtype:
   """float64 where it is enabled, else float32."""
-  return jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))
+  return jnp.dtype(jnp.result_type(float))
 
 
 def init(

@@ -139,6 +139,7 @@ class _Bar:
       progress.MofNCompleteColumn(),
       progress.TimeElapsedColumn(),
       progress.TimeRemainingColumn(),
+      refresh_per_second=2,
       transient=True,
     )
     self._task = self._progress.add_task("", total=total, completed=done)

@@ -8,6 +8,8 @@ import pytest
 
 from unisparse_jax.mcmc import accumulators, estimates
 
+merge = jax.jit(accumulators.merge)
+
 
 def rows(seed, num_chains, num_steps, num_terms=2, num_functions=3):
   """Correlated rows with means far from 0: [chains, steps, rows, functions]."""
@@ -76,8 +78,8 @@ def test_merging_knows_no_order(x64):
   ]
   whole = jax.tree.map(lambda x: x[0], fill(values[:1], 5))
   for a, b, c in ((0, 1, 2), (2, 0, 1)):
-    left = accumulators.merge(accumulators.merge(parts[a], parts[b]), parts[c])
-    right = accumulators.merge(parts[a], accumulators.merge(parts[b], parts[c]))
+    left = merge(merge(parts[a], parts[b]), parts[c])
+    right = merge(parts[a], merge(parts[b], parts[c]))
     for merged in (left, right):
       jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12),
@@ -85,7 +87,7 @@ def test_merging_knows_no_order(x64):
         (whole.steps, whole.batches, whole.num_batches),
       )
   filled = fill(values, 5)
-  reduced = accumulators.reduce_chains(filled.steps)
+  reduced = jax.jit(accumulators.reduce_chains)(filled.steps)
   flat = values.reshape(-1, 3, 3)
   np.testing.assert_allclose(reduced.mean, flat.mean(0), rtol=1e-12)
   gap = flat - flat.mean(0)
@@ -93,7 +95,7 @@ def test_merging_knows_no_order(x64):
     reduced.products, np.einsum("sip,sjp->ijp", gap, gap), rtol=1e-10
   )
   empty = accumulators.init(jnp.zeros(3), 2)
-  same = accumulators.merge(empty, whole)
+  same = merge(empty, whole)
   np.testing.assert_array_equal(same.steps.mean, whole.steps.mean)
   np.testing.assert_array_equal(same.batches.products, whole.batches.products)
 

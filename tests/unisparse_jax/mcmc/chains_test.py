@@ -59,10 +59,10 @@ def run(target, num_chains, num_steps, step_size, *, seed=0, **more):
 
 @pytest.fixture(scope="module")
 def posterior():
-  """200 chains of 1,500 steps on a logistic posterior, at acceptance 0.77."""
+  """200 chains of 1,200 steps on a logistic posterior, at acceptance 0.77."""
   with jax.enable_x64(True):
     target = targets.load_logistic_regression("breast_cancer_mean")
-    yield target, run(target, 200, 1500, 1.0, batch_size=50)
+    yield target, run(target, 200, 1200, 1.0, batch_size=40)
 
 
 def test_the_stream_is_the_stored_chain(x64):
@@ -86,7 +86,8 @@ def test_the_stream_is_the_stored_chain(x64):
     trace=lambda state, info: info,
   )
   info = result.trace
-  stored = jax.vmap(jax.vmap(lambda i: variates.term_fn(i, reference)))(info)
+  every = jax.vmap(jax.vmap(lambda i: variates.term_fn(i, reference)))
+  stored = jax.jit(every)(info)
   rows = np.concatenate(
     [stored.values[:, :, None], stored.control_variates], axis=2
   )
@@ -366,7 +367,7 @@ def test_adaptation_lands_on_its_target(x64):
       step,
       state,
       flat,
-      windows=(200, 200),
+      windows=(200,),
       final_steps=200,
       target_acceptance=goal,
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a Gaussian every proposal is accepted and no variance is left."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +28,23 @@ NUM_TERMS = 60  # 0.6^60 = 5e-14
 
 
 def functions(dim, mean, covariance):
-  """Linear, quadratic, product, exponential and tail functions."""
+  """Linear, quadratic, product, exponential and tail functions.
+
+  The last two, whose series compile slowly, in 4 dimensions only.
+  """
   rng = np.random.default_rng(0)
   spread = np.sqrt(np.diag(covariance))
   directions = rng.standard_normal((2, dim)) / spread / np.sqrt(dim)
   bounds = mean[:2] + np.array([0.5, -1.0]) * spread[:2]
-  return (
+  polynomials = (
     poisson.Linear(),
     poisson.Square(),
     poisson.Product(((0, 1), (dim - 1, 0))),
+  )
+  if dim != 4:
+    return polynomials
+  return (
+    *polynomials,
     poisson.exponential(directions, num_terms=NUM_TERMS),
     poisson.indicator(dim, (0, 1), bounds, num_terms=NUM_TERMS),
   )
@@ -93,6 +103,12 @@ def _terms(sampler, dim, score):
   return _CACHE[key]
 
 
+@functools.cache
+def _target(dim):
+  """In float64; one object, so that what is compiled for it is kept."""
+  return targets.gaussian(*_problem(dim))
+
+
 def _problem(dim, condition=100.0):
   rng = np.random.default_rng(dim)
   return rng.standard_normal(dim), targets.random_covariance(
@@ -102,8 +118,8 @@ def _problem(dim, condition=100.0):
 
 @pytest.mark.parametrize("sampler", [gi_mala, gi_rwm, gi_hessian_mala])
 def test_nothing_is_left(sampler, x64):
-  mean, covariance = _problem(4)
-  target = targets.gaussian(mean, covariance)
+  _, covariance = _problem(4)
+  target = _target(4)
   for gamma in GAMMAS:
     ratio, sd = run(sampler, target, covariance, gamma, jnp.float64)
     # Measured: 6e-14 and 3e-14 at most.
@@ -122,17 +138,17 @@ def test_ill_conditioned(x64):
 
 
 def test_float32():
-  mean, covariance = _problem(4)
+  mean, covariance = _problem(5)
   target = targets.gaussian(mean, covariance, dtype=jnp.float32)
   ratio, sd = run(gi_mala, target, covariance, 0.5, jnp.float32)
   assert ratio < 1e-4
-  # Measured 1e-5 at most, of the product and the exponential.
+  # Measured 1e-5 at most, of the product.
   assert np.max(sd) < 1e-4
 
 
 def test_score_alone_is_exact(x64):
   mean, covariance = _problem(4)
-  target = targets.gaussian(mean, covariance)
+  target = _target(4)
   a = preconditioner.eigen(covariance)
   start = target.sample(jax.random.key(1), 8)
   terms = _terms(gi_mala, 4, True)

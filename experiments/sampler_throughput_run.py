@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timings of thousands of chains at once; see `sampler_throughput`."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import mcmc_peers
+from unisparse_jax import mcmc
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Of the experiment.
+
+  Attributes:
+    target: of logistic regression, see `mcmc_problems.make`.
+    num_chains: at once.
+    num_steps: of our sampler, after warm-up; a multiple of batch_size.
+    warm_up: steps that adapt step sizes.
+    batch_size: steps of a batch mean.
+    acceptances: that our sampler is tuned to, one run each.
+    nuts_steps: steps of NUTS; 0 leaves it out.
+    repeats: of each timed run; the median counts.
+    dtype: "float32" or "float64".
+    precision: of matrix products: "highest" for all digits of the dtype, or
+      "default", which on a GPU may round inputs to 10 bits.
+    seed: of everything.
+  """
+
+  target: str
+  num_chains: int = 10_000
+  num_steps: int = 1000
+  warm_up: int = 300
+  batch_size: int = 50
+  acceptances: tuple[float, ...] = (0.775, 0.92)
+  nuts_steps: int = 50
+  repeats: int = 3
+  dtype: str = "float32"
+  precision: str = "highest"
+  seed: int = 0
+
+
+def measure(problem, settings: Settings):
+  """Yields one measurement after another."""
+  yield {"kind": "products", **time_products(problem, settings)}
+  yield {"kind": "gradient", **time_gradient(problem, settings)}
+  for acceptance in settings.acceptances:
+    yield from ours(problem, settings, acceptance)
+  if settings.nuts_steps:
+    yield {"kind": "nuts", **nuts(problem, settings)}
+
+
+def timed(fn, repeats: int):
+  """Seconds of fn() after one call, and the last result.
+
+  The median of the wall clock on an accelerator. On a CPU, the least time of
+  all threads of this process, which other work hardly moves: with one thread
+  (XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) it is the wall clock of a
+  machine that does nothing else.
+  """
+  jax.block_until_ready(fn())
+  on_cpu = jax.default_backend() == "cpu"
+  clock = time.process_time if on_cpu else time.perf_counter
+  seconds = []
+  for _ in range(repeats):
+    start = clock()
+    result = jax.block_until_ready(fn())
+    seconds.append(clock() - start)
+  return float(min(seconds) if on_cpu else np.median(seconds)), result
+
+
+def time_products(problem, settings: Settings) -> dict:
+  """The two batched matrix products of a gradient, and nothing else."""
+  features, _ = mcmc.targets.load_labelled(settings.target)
+  dtype = jnp.dtype(settings.dtype)
+  rng = np.random.default_rng(0)
+  design = rng.standard_normal((len(features), problem.target.dim))
+  design = jnp.asarray(design / np.sqrt(design.size), dtype)
+  positions = jnp.ones((settings.num_chains, problem.target.dim), dtype)
+
+  @jax.jit
+  def loop(design, positions):
+    return jax.lax.fori_loop(
+      0, 100, lambda _, x: (x @ design.T) @ design, positions
+    )
+
+  seconds, _ = timed(lambda: loop(design, positions), settings.repeats)
+  flops = 4 * design.size * settings.num_chains * 100
+  return {
+    "gradients_per_second": 100 * settings.num_chains / seconds,
+    "flops_per_second": flops / seconds,
+  }
+
+
+def time_gradient(problem, settings: Settings) -> dict:
+  """Log-density and gradient of all chains."""
+  positions = problem.start(jax.random.key(0), settings.num_chains)
+  both = jax.vmap(jax.value_and_grad(problem.target.logdensity_fn))
+
+  def one(_, carry):
+    x, total = carry
+    value, grad = both(x)
+    return x + 1e-6 * grad, total + value
+
+  @jax.jit
+  def loop(x):
+    return jax.lax.fori_loop(0, 100, one, (x, x[:, 0]))
+
+  seconds, _ = timed(lambda: loop(positions), settings.repeats)
+  return {"gradients_per_second": 100 * settings.num_chains / seconds}
+
+
+def ours(problem, settings: Settings, acceptance: float):
+  """GI-MALA alone, then with control variates for x and x^2."""
+  keys = jax.random.split(jax.random.key(settings.seed), 2)
+  state = jax.vmap(problem.init)(problem.start(keys[0], settings.num_chains))
+  warm = mcmc.adaptation.adapt_step_size(
+    keys[1],
+    problem.step,
+    state,
+    settings.warm_up,
+    rest=problem.rest,
+    start=0.5,
+    target_acceptance=acceptance,
+  )
+  arguments = dict(
+    parameters=(warm.step_size, *problem.rest), batch_size=settings.batch_size
+  )
+
+  def run(**more):
+    return mcmc.run_chains(
+      warm.rng_keys,
+      problem.step,
+      warm.state,
+      settings.num_steps,
+      **arguments,
+      **more,
+    )
+
+  common = {"acceptance": acceptance, "step_size": float(warm.step_size)}
+  steps = settings.num_chains * settings.num_steps
+  bare, _ = timed(run, settings.repeats)
+  yield {
+    "kind": "gi_mala",
+    **common,
+    "seconds": bare,
+    "gradients_per_second": steps / bare,
+  }
+  for name, functions in (
+    ("linear", (mcmc.poisson.Linear(),)),
+    ("linear_square", (mcmc.poisson.Linear(), mcmc.poisson.Square())),
+  ):
+    variates = mcmc.control_variates.poisson_terms(functions)
+    carry = variates.init(warm.state.position, products_of_terms=False)
+    more = dict(
+      collector=variates.collector,
+      carry=carry,
+      collector_parameters=(problem.reference(warm.step_size),),
+    )
+    seconds, result = timed(lambda more=more: run(**more), settings.repeats)
+    accumulator = jax.device_get(result.carry)
+    start = time.perf_counter()
+    choice = mcmc.choose(
+      accumulator, mcmc.control_variates.candidates(variates.num_terms)
+    )
+    host = time.perf_counter() - start
+    estimate, dim = choice.estimate, problem.target.dim
+    yield {
+      "kind": f"gi_mala_{name}",
+      **common,
+      "acceptance_rate": float(np.mean(result.stats.acceptance_rate)),
+      "seconds": seconds,
+      "host_seconds": host,
+      "gradients_per_second": steps / seconds,
+      "cost_of_control_variates": seconds / bare - 1,
+      "min_ess_per_second": float(np.min(estimate.ess[:dim]) / seconds),
+      "median_ess_per_second": float(np.median(estimate.ess[:dim]) / seconds),
+      "plain_min_ess_per_second": float(
+        np.min(estimate.plain_ess[:dim]) / bare
+      ),
+      "factors": estimate.factor[:dim].tolist(),
+      "ess_per_second": (estimate.ess[:dim] / seconds).tolist(),
+      "mean": estimate.mean[:dim].tolist(),
+      "mcse": estimate.mcse[:dim].tolist(),
+    }
+
+
+def nuts(problem, settings: Settings) -> dict:
+  """NUTS on the same number of chains, whitened like ours."""
+  sampler = mcmc_peers.make("nuts", problem)
+  keys = jax.random.split(jax.random.key(settings.seed + 1), 2)
+  state = jax.vmap(sampler.init)(problem.start(keys[0], settings.num_chains))
+  warm = mcmc.adaptation.adapt_step_size(
+    keys[1],
+    sampler.step,
+    state,
+    settings.nuts_steps,
+    start=0.5,
+    target_acceptance=sampler.acceptance,
+  )
+
+  def trace(state, info):
+    return sampler.position(state), sampler.gradients(info)
+
+  def run():
+    return mcmc.run_chains(
+      warm.rng_keys,
+      sampler.step,
+      warm.state,
+      settings.nuts_steps,
+      parameters=(warm.step_size,),
+      batch_size=settings.nuts_steps,
+      trace=trace,
+    )
+
+  seconds, result = timed(run, settings.repeats)
+  draws, gradients = map(np.asarray, result.trace)
+  means = draws.astype(np.float64).mean(0)
+  error = means.std(0, ddof=1) / np.sqrt(settings.num_chains)
+  ess = draws.reshape(-1, problem.target.dim).var(0) / error**2
+  return {
+    "step_size": float(warm.step_size),
+    "seconds": seconds,
+    "gradients_per_second": float(gradients.sum() / seconds),
+    "gradients_per_step": float(gradients.mean()),
+    "min_ess_per_second": float(ess.min() / seconds),
+    "median_ess_per_second": float(np.median(ess) / seconds),
+    "ess_per_second": (ess / seconds).tolist(),
+    "mean": means.mean(0).tolist(),
+    "mcse": error.tolist(),
+  }
