@@ -15,14 +15,13 @@ import pathlib
 import time
 
 import jax
-import rich.console
-import rich.table
 from absl import app
 
 from experiments import (
   flags_and_configs,
   imh_evidence,
   imh_posteriors,
+  imh_tables,
   imh_targets,
   imh_throughput,
 )
@@ -75,7 +74,7 @@ def main(argv):
   file = workdir / "records.jsonl"
   with jax.enable_x64(settings.throughput is None):
     run(settings, file)
-  show(records.read(file))
+  imh_tables.show(records.read(file))
 
 
 def run(settings: Settings, file: pathlib.Path):
@@ -125,40 +124,6 @@ def run(settings: Settings, file: pathlib.Path):
       settings.throughput.implementation,
       lambda: imh_throughput.measure(settings.throughput),
     )
-
-
-def show(found: list[dict]):
-  """Prints a table of each kind."""
-  console = rich.console.Console(width=130)
-  gains = rich.table.Table(title="independent draws' error^2 over the method's")
-  for column in (
-    "case",
-    "fit",
-    "method",
-    "means",
-    "worst",
-    "squares",
-    "accept",
-  ):
-    gains.add_column(column, justify="left" if column != "means" else "right")
-  errors = rich.table.Table(title="marginal likelihood, relative error")
-  for column in ("case", "fit", "method", "rmse", "bias"):
-    errors.add_column(column)
-  for record in found:
-    if record["kind"] == "posterior":
-      gain = record["gain"]
-      numbers = [gain["means"]["median"], gain["means"]["min"]]
-      numbers += [gain["squares"]["median"], record.get("acceptance_rate")]
-      cells = ["" if n is None else f"{n:.3g}" for n in numbers]
-      gains.add_row(record["case"], record["fit"], record["method"], *cells)
-    elif record["kind"] == "evidence":
-      cells = [f"{record[k]:.2e}" for k in ("relative_rmse", "relative_bias")]
-      errors.add_row(record["case"], record["fit"], record["method"], *cells)
-    else:
-      console.print({k: record[k] for k in ("method", *imh_throughput.SHOWN)})
-  for table in (gains, errors):
-    if table.row_count:
-      console.print(table)
 
 
 if __name__ == "__main__":
