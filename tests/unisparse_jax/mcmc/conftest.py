@@ -8,3 +8,11 @@ def x64():
   """float64 for one test; the others stay in float32."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """Less compilation for tests of many small programs."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
