@@ -17,6 +17,7 @@ DENSE = "dense"  # label of the reference, measured in every run
 JAX_NN = "jax.nn"  # label of `jax.nn.dot_product_attention`
 CALIBRATED = "calibrated"  # method whose settings are read from a file
 MEASURES = ("answers", "next_token", "layers", "attention_time", "prefill")
+REFERENCE_MEASURES = ("answers", "next_token", "prefill")
 _PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
 _WEIGHTS = "model.safetensors"
 
@@ -50,6 +51,8 @@ class LongContextConfig:
       all of `MEASURES`) and the method's own settings. The method
       "calibrated" has one, "file", as `experiments.calibrate` writes it.
     lengths: tokens of a prompt and its answer.
+    reference_measure: which of `REFERENCE_MEASURES` to take of dense attention;
+      where attention is timed, dense attention is as well.
     tasks: names in `tasks.TASKS`; none: no answers.
     samples: prompts of each task and length.
     code_rows: stretches of held-out code for the next-token comparison.
@@ -72,6 +75,7 @@ class LongContextConfig:
   model: str
   patterns: tuple
   lengths: tuple[int, ...]
+  reference_measure: tuple[str, ...] = REFERENCE_MEASURES
   tasks: tuple[str, ...] = ()
   samples: int = 1
   code_rows: int = 1
@@ -104,6 +108,8 @@ class LongContextConfig:
       checks.check_positive_int("lengths", length)
     for task in self.tasks:
       checks.check_choice("tasks", task, tasks.TASKS)
+    for kind in self.reference_measure:
+      checks.check_choice("reference_measure", kind, REFERENCE_MEASURES)
     checks.check_choice("dtype", self.dtype, ("float32", "bfloat16"))
     checks.check_choice(
       "implementation", self.implementation, api.IMPLEMENTATIONS

@@ -54,7 +54,7 @@ def key(record: dict[str, Any]) -> tuple:
 def plan(config: config_lib.LongContextConfig, num_layers: int) -> list[Step]:
   """All measurements, in an order in which what they share is made once."""
   quality_layers = config.quality_layers or range(num_layers)
-  wanted = [(config_lib.DENSE, ("answers", "next_token", "prefill"))]
+  wanted = [(config_lib.DENSE, config.reference_measure)]
   wanted += [(entry.label, entry.measure) for entry in config.entries]
   timed = any("attention_time" in measure for _, measure in wanted)
   steps = []

@@ -111,6 +111,6 @@ def _tiled(q, k, v, causal, scale, q_offset, kv_len):
     block_kv=grid.block_kv,
     causal=causal,
     scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
-    blocks_per_step=8,
+    step_kv=1024,
   )
   return out

@@ -23,7 +23,7 @@ class TestXla(suite.BlockSparseAttentionSuite):
       block_kv=settings["block_kv"],
       causal=True,
       scale=0.25,
-      blocks_per_step=blocks_per_step,
+      step_kv=settings["block_kv"] * blocks_per_step,
     )
     expected, _ = helpers.numpy_attention(*arrays[:3], kept, scale=0.25)
     helpers.assert_same(out, expected, 2e-6)
