@@ -8,8 +8,8 @@ Run:     python -m experiments.calibrate
 Device:  2 CPU cores, about 5 minutes.
 Expect:  results/calibration_unisparse.json; with --config.method=
          unisparse_threshold results/calibration_threshold.json: on qa_1, not
-         calibrated on, density 0.230 at recall 0.953; one budget for all:
-         0.254 at 0.959.
+         calibrated on, density 0.230 at recall 0.953; one budget for all
+         heads: 0.254 at 0.959.
 """
 
 import ml_collections
