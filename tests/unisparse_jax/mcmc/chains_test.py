@@ -367,7 +367,7 @@ def test_adaptation_lands_on_its_target(x64):
       step,
       state,
       flat,
-      windows=(200,),
+      windows=(200, 200),
       final_steps=200,
       target_acceptance=goal,
     )
