@@ -20,6 +20,14 @@ from experiments import (
 CONFIGS = pathlib.Path("configs/independent_metropolis")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compile():
+  """Less compilation for tests of many small programs."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def x64():
   with jax.enable_x64(True):

@@ -127,10 +127,8 @@ def test_reverse_fit_of_a_gaussian_is_exact(x64):
 
 def test_a_mixture_beats_a_gaussian(x64, adapted):
   settings = proposal_fits.FitSettings(
-    objective="both",
     num_chains=100,
-    num_steps=600,
-    gradient_steps=400,
+    num_steps=1500,
     heavy_weight=0.02,
     num_frozen_steps=100,
   )
