@@ -24,9 +24,9 @@ def get_config():
       label="unisparse 0.95", method="unisparse", top_p=0.95, measure=_SPEED
     ),
     dict(
-      label="threshold 0.6",
+      label="threshold 0.8",
       method="unisparse_threshold",
-      min_score=0.6,
+      min_score=0.8,
       window_q=4,
       window_kv=4,
       head_group=None,

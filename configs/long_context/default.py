@@ -40,6 +40,16 @@ def get_config():
       dict(label=f"unisparse {top_p}", method="unisparse", top_p=top_p)
       for top_p in (0.7, 0.8, 0.9, 0.95, 0.98)
     ),
+    dict(
+      label="threshold 0.8",
+      method="unisparse_threshold",
+      min_score=0.8,
+      window_q=4,
+      window_kv=4,
+      head_group=None,
+      num_local_blocks=2,
+      block_kv=64,
+    ),
     dict(label="streaming", method="streaming"),
     dict(
       label="all blocks",

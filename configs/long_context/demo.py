@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UniSparse and streaming beside dense attention, 8,192 tokens of real code.
+"""UniSparse, a threshold and streaming beside dense attention, 8,192 tokens.
 
 Run:     make demo
          or python -m experiments.long_context
@@ -19,6 +19,16 @@ def get_config():
   config.lengths = (8192,)
   config.patterns = (
     dict(label="unisparse 0.95", method="unisparse", top_p=0.95),
+    dict(
+      label="threshold 0.8",
+      method="unisparse_threshold",
+      min_score=0.8,
+      window_q=4,
+      window_kv=4,
+      head_group=None,
+      num_local_blocks=2,
+      block_kv=64,
+    ),
     dict(
       label="streaming",
       method="streaming",
