@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the long-context experiment, as PNG bytes."""
 
+import collections
 import io
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,10 @@ def all_figures(
 
 
 def families(patterns: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-  """{label: (settings without top_p, top_p)} of a config's patterns."""
+  """{label: (settings without top_p, top_p)} of a config's patterns.
+
+  A pattern that no other shares these settings with goes by its own label.
+  """
   result = {}
   for entry in patterns:
     name = str(entry["method"])
@@ -99,7 +103,11 @@ def families(patterns: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
       if key not in ("label", "method", "measure", "top_p"):
         name += f" {key}={value}"
     result[entry["label"]] = (name, str(entry.get("top_p", "")))
-  return result
+  members = collections.Counter(name for name, _ in result.values())
+  return {
+    label: (name if members[name] > 1 else label, top_p)
+    for label, (name, top_p) in result.items()
+  }
 
 
 def _quality(rows, family) -> bytes:
