@@ -5,7 +5,7 @@ Run:     make demo
          or python -m experiments.long_context
            --config=configs/long_context/demo.py --workdir=out/demo
 Device:  2 CPU cores, 2 minutes; 6 GiB, most of it jax.nn attention.
-Expect:  results/demo_cpu.jsonl: one prompt a task, all scores 1 but streaming's.
+Expect:  results/demo_cpu.jsonl: one prompt a task, all right but streaming's.
 """
 
 import ml_collections
