@@ -112,7 +112,8 @@ def _attention_fwd(q, k, v, indices, counts, q_offset, kv_len, settings):
 def _attention_bwd(settings, residuals, cotangents):
   head_dim = residuals[0].shape[-1]
   if head_dim not in mosaic_gpu_backward.HEAD_DIMS:
-    return xla._attention_bwd((*settings[:4], 2), residuals, cotangents)
+    # The fifth setting, blocks of a step, is one of the forward pass.
+    return xla._attention_bwd((*settings[:4], 1), residuals, cotangents)
   gradients = mosaic_gpu_backward.backward(residuals, cotangents, settings[:4])
   return *gradients, None, None, None, None
 
@@ -147,7 +148,6 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     q,
     k,
     v,
-    common.longest_first(counts.reshape(-1, num_q_blocks)),
     indices.reshape(-1),
     counts.reshape(-1),
     num_masked.reshape(-1),
@@ -215,7 +215,6 @@ def column_attention(
     common.pad_length(q, common.ROWS),
     k,
     v,
-    common.longest_first(counts.reshape(-1, num_q_blocks)),
     indices.reshape(-1),
     counts.reshape(-1),
     counts.reshape(-1),

@@ -65,9 +65,9 @@ def backward(residuals, cotangents, settings, config=None):
     scale=scale,
     config=config,
   )
-  delta = (
-    jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
-  )
+  delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
+  # Fused with the transpose that follows, the sum takes 0.9 ms in place of 0.2.
+  delta = lax.optimization_barrier(delta) - d_lse
   is_empty = jnp.isneginf(lse)
   lse_log2 = jnp.where(is_empty, _EMPTY, lse * common.LOG2_E)
   delta = jnp.where(is_empty, 0.0, delta)

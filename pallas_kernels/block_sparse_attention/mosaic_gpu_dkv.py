@@ -66,7 +66,7 @@ def call(
   )
   return kernel(
     *arrays,
-    common.longest_first(by_head.sum(1)),
+    common.longest_first(by_head.sum(1), 1, num_ctas),
     q_blocks.reshape(-1),
     starts.reshape(-1),
     lengths.reshape(-1),
@@ -223,47 +223,48 @@ def _dkv_kernel(
           dk, dv = carry
           slot = lax.rem(done + step, stages)
 
-          def multiply(logits_ref, dp_ref):
+          def ask_logits(acc_ref):
             plgpu.barrier_wait(q_full.at[slot])
             plgpu.wgmma(
-              logits_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0))
+              acc_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0))
             )
+
+          def ask_dp(acc_ref):
             plgpu.barrier_wait(do_full.at[slot])
             plgpu.wgmma(
-              dp_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0))
+              acc_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0))
             )
-            lse = common.load(stat_smem.at[slot, 0], layout=per_query)
-            delta = common.load(stat_smem.at[slot, 1], layout=per_query)
-            logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-            logits = lax.optimization_barrier(logits)
-            if is_masked:
-              q_block = q_blocks_ref[first + lax.div(step, per_block)]
-              tile = q_block * per_block + lax.rem(step, per_block)
-              query = plgpu.broadcasted_iota(
-                jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
-              )
-              limit = lax.broadcast_in_dim(
-                least - tile * common.ROWS, shape, [0]
-              )
-              logits = jnp.where(query >= limit, logits, -jnp.inf)
-            p = jnp.exp2(
-              logits * tiling.scale_log2 - lax.broadcast_in_dim(lse, shape, [1])
-            )
-            p = lax.optimization_barrier(p)
-            dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
-            dp = lax.optimization_barrier(dp)
-            return p, p * (dp - lax.broadcast_in_dim(delta, shape, [1]))
 
-          p, d_logits = pl.run_scoped(
-            multiply,
-            plgpu.ACC(shape, jnp.float32),
-            plgpu.ACC(shape, jnp.float32),
-          )
-          p, d_logits = p.astype(q_ref.dtype), d_logits.astype(q_ref.dtype)
+          def read(name):
+            index = ("lse", "delta").index(name)
+            row = common.load(stat_smem.at[slot, index], layout=per_query)
+            return lax.broadcast_in_dim(row, shape, [1])
+
+          def mask(logits):
+            if not is_masked:
+              return logits
+            q_block = q_blocks_ref[first + lax.div(step, per_block)]
+            tile = q_block * per_block + lax.rem(step, per_block)
+            query = plgpu.broadcasted_iota(
+              jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
+            )
+            limit = lax.broadcast_in_dim(least - tile * common.ROWS, shape, [0])
+            return jnp.where(query >= limit, logits, -jnp.inf)
 
           def accumulate(refs):
             dk_acc, dv_acc = refs
-            plgpu.wgmma(dv_acc, p, do_smem.at[slot])
+
+            def add_to_dv(p):
+              plgpu.wgmma(dv_acc, p.astype(q_ref.dtype), do_smem.at[slot])
+
+            d_logits = pl.run_scoped(
+              common.tile_gradients(
+                ask_logits, ask_dp, read, mask, tiling.scale_log2, add_to_dv
+              ),
+              plgpu.ACC(shape, jnp.float32),
+              plgpu.ACC(shape, jnp.float32),
+            )
+            d_logits = d_logits.astype(q_ref.dtype)
             plgpu.wgmma(dk_acc, d_logits, q_smem.at[slot])
 
           dk, dv = pl.run_state(accumulate)(

@@ -57,7 +57,9 @@ def call(arrays, indices, counts, num_masked, q_offset, kv_len, tiling):
   )
   return kernel(
     *arrays,
-    common.longest_first(counts.reshape(-1, tiling.num_q_blocks)),
+    common.longest_first(
+      counts.reshape(-1, tiling.num_q_blocks), tiling.heads_per_mask, num_ctas
+    ),
     indices.reshape(-1),
     counts.reshape(-1),
     num_masked.reshape(-1),
@@ -176,8 +178,10 @@ def _dq_kernel(
       num_masked = num_masked_ref[row] * per_block
       plgpu.barrier_wait(q_full)
       per_row = plgpu.Layout.WGMMA.reduce(1)
-      lse = common.load(stat_smem.at[wg, 0], layout=per_row)
-      delta = common.load(stat_smem.at[wg, 1], layout=per_row)
+      statistics = {
+        name: common.load(stat_smem.at[wg, index], layout=per_row)
+        for index, name in enumerate(("lse", "delta"))
+      }
       first_query = q_block * tiling.block_q + wg * common.ROWS
       num_visible = jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
       if tiling.causal:
@@ -192,39 +196,40 @@ def _dq_kernel(
         slot = lax.rem(done + step, stages)
         shape = (common.ROWS, tile_kv)
 
-        def multiply(logits_ref, dp_ref):
+        def ask_logits(acc_ref):
           plgpu.barrier_wait(k_full.at[slot])
-          plgpu.wgmma(
-            logits_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0))
-          )
+          plgpu.wgmma(acc_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+
+        def ask_dp(acc_ref):
           plgpu.barrier_wait(v_full.at[slot])
-          plgpu.wgmma(dp_ref, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
-          logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-          logits = lax.optimization_barrier(logits)
-          if is_masked:
-            block = indices_ref[
-              row * tiling.max_blocks + lax.div(step, per_block)
-            ]
-            start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
-            key = plgpu.broadcasted_iota(
-              jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
-            )
-            limit = lax.broadcast_in_dim(num_visible - start, shape, [0])
-            logits = jnp.where(key < limit, logits, -jnp.inf)
-          p = jnp.exp2(
-            logits * tiling.scale_log2 - lax.broadcast_in_dim(lse, shape, [0])
+          plgpu.wgmma(
+            acc_ref, do_smem.at[wg], v_smem.at[slot].transpose((1, 0))
           )
-          p = lax.optimization_barrier(p)
-          dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
-          dp = lax.optimization_barrier(dp)
-          plgpu.barrier_arrive(v_free.at[slot])
-          return p * (dp - lax.broadcast_in_dim(delta, shape, [0]))
+
+        def read(name):
+          return lax.broadcast_in_dim(statistics[name], shape, [0])
+
+        def mask(logits):
+          if not is_masked:
+            return logits
+          block = indices_ref[
+            row * tiling.max_blocks + lax.div(step, per_block)
+          ]
+          start = block * tiling.block_kv + lax.rem(step, per_block) * tile_kv
+          key = plgpu.broadcasted_iota(
+            jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
+          )
+          limit = lax.broadcast_in_dim(num_visible - start, shape, [0])
+          return jnp.where(key < limit, logits, -jnp.inf)
 
         d_logits = pl.run_scoped(
-          multiply,
+          common.tile_gradients(
+            ask_logits, ask_dp, read, mask, tiling.scale_log2
+          ),
           plgpu.ACC(shape, jnp.float32),
           plgpu.ACC(shape, jnp.float32),
         )
+        plgpu.barrier_arrive(v_free.at[slot])
         d_logits = d_logits.astype(q_ref.dtype)
 
         def multiply_keys(acc_ref):

@@ -7,9 +7,9 @@ turns on the tensor cores, so that one's softmax runs beside the other's
 products. Blocks that need a per-token mask come first in a list and are walked
 with a mask, the rest without. The softmax scale is folded into the base-2
 exponent. Thread blocks are persistent and walk a list of tiles, longest first
-within a mask head, in turns that reverse so that each gets the same work; the
-loader runs ahead into the next tile. Two thread blocks whose heads share a list
-may share each load.
+within a mask head or several, in turns that reverse so that each gets the same
+work; the loader runs ahead into the next tile. Two thread blocks whose heads
+share a list may share each load.
 
 TUNING.md beside this file has what was tried and what it brought.
 """
@@ -96,7 +96,6 @@ def call(
   q,
   k,
   v,
-  order,
   indices,
   counts,
   num_masked,
@@ -168,7 +167,11 @@ def call(
     q,
     k,
     v,
-    order,
+    common.longest_first(
+      counts.reshape(-1, tiling.num_q_blocks),
+      tiling.tiles_per_row // cluster,
+      num_clusters,
+    ),
     indices,
     counts,
     num_masked,

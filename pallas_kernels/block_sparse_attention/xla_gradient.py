@@ -6,8 +6,6 @@ import jax
 
 from pallas_kernels.block_sparse_attention import xla
 
-_BLOCKS_PER_STEP = 2
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8))
 def attend(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
@@ -36,9 +34,8 @@ def _fwd(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
 
 
 def _bwd(forward, settings, residuals, cotangents):
-  return xla._attention_bwd(
-    (*settings, _BLOCKS_PER_STEP), residuals, cotangents
-  )
+  # The fifth setting, blocks of a step, is one of the forward pass.
+  return xla._attention_bwd((*settings, 1), residuals, cotangents)
 
 
 attend.defvjp(_fwd, _bwd)

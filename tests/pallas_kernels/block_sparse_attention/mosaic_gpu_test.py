@@ -142,24 +142,44 @@ def test_refuses_other_devices():
     )
 
 
-def test_turns_cover_every_tile_once_with_even_work():
-  num_tiles, num_ctas = 1003, 132
-  work = np.sort(np.random.default_rng(0).integers(1, 200, num_tiles))[::-1]
+@pytest.mark.parametrize(
+  ("num_heads", "num_rows", "tiles_per_row"),
+  [(1, 1003, 1), (8, 256, 1), (8, 32, 4), (32, 64, 1), (8, 1024, 4)],
+)
+def test_turns_cover_every_tile_once_with_even_work(
+  num_heads, num_rows, tiles_per_row
+):
+  num_ctas = 132
+  rng = np.random.default_rng(0)
+  work = rng.permuted(
+    np.tile(np.arange(1, num_rows + 1), (num_heads, 1)), axis=1
+  )
+  order = mosaic_gpu_common.longest_first(
+    jnp.asarray(work), tiles_per_row, num_ctas
+  )
+  work = work.reshape(-1)[np.repeat(np.asarray(order), tiles_per_row)]
   seen, loads = [], []
   for cta in range(num_ctas):
     turns, tile_at = mosaic_gpu_common.rounds(
-      num_tiles, num_ctas, jnp.int32(cta)
+      len(work), num_ctas, jnp.int32(cta)
     )
-    mine = [int(tile_at(jnp.int32(t))) for t in range(int(turns))]
-    seen += mine
+    mine = np.asarray(tile_at(jnp.arange(int(turns))))
+    seen += list(mine)
     loads.append(work[mine].sum())
-  assert sorted(seen) == list(range(num_tiles))
+  assert sorted(seen) == list(range(len(work)))
   assert max(loads) < 1.05 * np.mean(loads)
 
 
-def test_longest_first_within_groups():
-  order = mosaic_gpu_common.longest_first(jnp.array([[1, 3, 2], [5, 5, 9]]))
-  np.testing.assert_array_equal(order, [1, 2, 0, 5, 3, 4])
+def test_longest_first_within_heads_where_that_is_even():
+  work = np.array([[1, 3, 2], [5, 5, 9]])
+  longest_first = mosaic_gpu_common.longest_first
+  # One thread block: any order is even. Two: only all rows in one order.
+  np.testing.assert_array_equal(
+    longest_first(jnp.asarray(work), 1, 1), [1, 2, 0, 5, 3, 4]
+  )
+  np.testing.assert_array_equal(
+    longest_first(jnp.asarray(work), 1, 2), [5, 3, 4, 1, 2, 0]
+  )
 
 
 def test_masked_blocks_are_counted_from_any_order():
