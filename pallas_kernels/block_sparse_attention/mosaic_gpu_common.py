@@ -141,7 +141,7 @@ def count_masked(indices, counts, *args):
   return jnp.max(jnp.where(is_masked, slot + 1, 0), axis=-1, initial=0)
 
 
-def longest_first(lengths, tiles_per_row, num_workers):
+def longest_first(lengths, tiles_per_row=1, num_workers=None):
   """int32 [groups * rows]: numbers of the rows, longest first.
 
   Rows are sorted within a group, so that the tiles that run side by side read
@@ -150,10 +150,12 @@ def longest_first(lengths, tiles_per_row, num_workers):
   Args:
     lengths: int32 [groups, rows], work of each row.
     tiles_per_row: tiles of equal work that follow from each row.
-    num_workers: thread blocks, or clusters of them, that take turns.
+    num_workers: thread blocks, or clusters of them, that take turns; None: a
+      thread block a tile.
   """
-  together = _groups_together(*lengths.shape, tiles_per_row, num_workers)
-  lengths = lengths.reshape(-1, together * lengths.shape[1])
+  if num_workers is not None:
+    together = _groups_together(*lengths.shape, tiles_per_row, num_workers)
+    lengths = lengths.reshape(-1, together * lengths.shape[1])
   groups, rows = lengths.shape
   order = jnp.argsort(-lengths, axis=-1, stable=True).astype(jnp.int32)
   first = jnp.arange(groups, dtype=jnp.int32) * rows
@@ -183,11 +185,8 @@ def _groups_together(groups, rows, tiles_per_row, num_workers):
   return min(unevenness, key=unevenness.__getitem__)
 
 
-def tile_gradients(ask_logits, ask_dp, read, mask, scale_log2, use_p=None):
-  """p * (d_p - delta) of one tile, and what `use_p` does with p beside it.
-
-  The softmax runs beside the second product, and the product that `use_p` asks
-  for beside the rest of the arithmetic.
+def tile_gradients(ask_logits, ask_dp, read, mask, scale_log2):
+  """p and p * (d_p - delta) of one tile; the softmax runs beside d_p's product.
 
   Args:
     ask_logits: (accumulator) asks for the tile's logits, float32 [64, columns].
@@ -195,7 +194,6 @@ def tile_gradients(ask_logits, ask_dp, read, mask, scale_log2, use_p=None):
     read: (name) reads "lse" (base 2) or "delta", broadcast to the tile.
     mask: (logits) to logits that are -inf where a query does not see a key.
     scale_log2: factor of the logits, in base 2.
-    use_p: (p) may ask for one product, float32.
 
   Returns:
     A function of the accumulators of both products.
@@ -205,15 +203,14 @@ def tile_gradients(ask_logits, ask_dp, read, mask, scale_log2, use_p=None):
   def run(logits_ref, dp_ref):
     ask_logits(logits_ref)
     ask_dp(dp_ref)
+    lse, delta = read("lse"), read("delta")
     logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
     logits = mask(lax.optimization_barrier(logits))
-    p = jnp.exp2(logits * scale_log2 - read("lse"))
+    p = jnp.exp2(logits * scale_log2 - lse)
     p = lax.optimization_barrier(p)
-    if use_p is not None:
-      use_p(p)
-    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=int(use_p is not None))
+    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
     dp = lax.optimization_barrier(dp)
-    return p * (dp - read("delta"))
+    return p, p * (dp - delta)
 
   return run
 

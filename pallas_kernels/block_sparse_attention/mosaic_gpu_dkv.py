@@ -1,5 +1,8 @@
 """The Hopper kernel of dk and dv: a block of keys walks the query blocks that
 list it, for every query head of its key head in turn.
+
+A thread block a block of keys: tiles are few and long, so that the next free
+multiprocessor should take the next tile.
 """
 
 import functools
@@ -8,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import device
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_common as common,
 )
@@ -24,7 +26,6 @@ def call(
   config, head_dim = tiling.config, tiling.head_dim
   compute_wgs = tiling.block_kv // common.ROWS
   num_tiles = tiling.batch * tiling.num_kv_heads * tiling.num_kv_blocks
-  num_ctas = min(num_tiles, device.num_multiprocessors())
   transforms = common.transforms(plgpu)
   kv_smem = plgpu.SMEM(
     (compute_wgs, common.ROWS, head_dim), k.dtype, transforms=transforms
@@ -36,9 +37,7 @@ def call(
     num_arrivals=compute_wgs, num_barriers=config.stages_dkv
   )
   kernel = plgpu.kernel(
-    functools.partial(
-      _dkv_kernel, tiling=tiling, num_tiles=num_tiles, num_ctas=num_ctas
-    ),
+    functools.partial(_dkv_kernel, tiling=tiling),
     out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
     scratch_types=dict(
       k_smem=kv_smem,
@@ -47,14 +46,13 @@ def call(
       do_smem=q_smem,
       stat_smem=plgpu.SMEM((config.stages_dkv, 2, common.ROWS), jnp.float32),
       kv_full=plgpu.Barrier(num_arrivals=2 * compute_wgs),
-      kv_free=plgpu.Barrier(num_arrivals=compute_wgs),
       q_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages_dkv),
       do_full=plgpu.Barrier(num_barriers=config.stages_dkv),
       q_free=stage_free,
       do_free=stage_free,
     ),
-    grid=(num_ctas,),
-    grid_names=("cta",),
+    grid=(num_tiles,),
+    grid_names=("tile",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
     compiler_params=common.compiler_params(plgpu),
@@ -66,7 +64,7 @@ def call(
   )
   return kernel(
     *arrays,
-    common.longest_first(by_head.sum(1), 1, num_ctas),
+    common.longest_first(by_head.sum(1)),
     q_blocks.reshape(-1),
     starts.reshape(-1),
     lengths.reshape(-1),
@@ -98,14 +96,11 @@ def _dkv_kernel(
   do_smem,  # [stages, 64, head_dim]
   stat_smem,  # float32 [stages, 2, 64]
   kv_full,
-  kv_free,
   q_full,
   do_full,
   q_free,
   do_free,
   tiling: common.BackwardTiling,
-  num_tiles: int,
-  num_ctas: int,
 ):
   pl, plgpu = common.pallas()
   stages = tiling.config.stages_dkv
@@ -113,20 +108,13 @@ def _dkv_kernel(
   compute_wgs = tiling.block_kv // common.ROWS
   list_room = tiling.num_q_blocks * tiling.max_blocks
   wg = lax.axis_index("wg")
-  my_turns, tile_number = common.rounds(
-    num_tiles, num_ctas, lax.axis_index("cta")
-  )
+  tile = order_ref[lax.axis_index("tile")]
+  batch_head = lax.div(tile, tiling.num_kv_blocks)
+  batch = lax.div(batch_head, tiling.num_kv_heads)
+  kv_head = lax.rem(batch_head, tiling.num_kv_heads)
+  kv_block = lax.rem(tile, tiling.num_kv_blocks)
 
-  def tile_at(turn):
-    tile = order_ref[tile_number(turn)]
-    batch_head = lax.div(tile, tiling.num_kv_blocks)
-    return (
-      lax.div(batch_head, tiling.num_kv_heads),
-      lax.rem(batch_head, tiling.num_kv_heads),
-      lax.rem(tile, tiling.num_kv_blocks),
-    )
-
-  def list_of(batch, head, kv_block):
+  def list_of(head):
     """Number of the list, and where its query blocks start."""
     mask_row = batch * tiling.num_mask_heads + lax.div(
       head, tiling.heads_per_mask
@@ -138,56 +126,47 @@ def _dkv_kernel(
   def _load():
     plgpu.set_max_registers(common.LOADER_REGISTERS, action="decrease")
 
-    def load_tile(turn, done):
-      batch, kv_head, kv_block = tile_at(turn)
+    for index in range(compute_wgs):
+      start = kv_block * tiling.block_kv + index * common.ROWS
+      keys = (batch, pl.ds(start, common.ROWS), kv_head)
+      plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[index], kv_full)
+      plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[index], kv_full)
 
-      @pl.when(turn > 0)
-      def _():
-        plgpu.barrier_wait(kv_free)
+    def load_head(member, done):
+      head = kv_head * tiling.group + member
+      number, first = list_of(head)
+      num_steps = lengths_ref[number] * per_block
 
-      for index in range(compute_wgs):
-        start = kv_block * tiling.block_kv + index * common.ROWS
-        keys = (batch, pl.ds(start, common.ROWS), kv_head)
-        plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[index], kv_full)
-        plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[index], kv_full)
+      def load_step(step, _):
+        slot = lax.rem(done + step, stages)
+        q_block = q_blocks_ref[first + lax.div(step, per_block)]
+        tile = q_block * per_block + lax.rem(step, per_block)
+        rows = (batch, pl.ds(tile * common.ROWS, common.ROWS), head)
+        is_reused = done + step >= stages
 
-      def load_head(member, done):
-        head = kv_head * tiling.group + member
-        number, first = list_of(batch, head, kv_block)
-        num_steps = lengths_ref[number] * per_block
+        @pl.when(is_reused)
+        def _():
+          plgpu.barrier_wait(q_free.at[slot])
 
-        def load_step(step, _):
-          slot = lax.rem(done + step, stages)
-          q_block = q_blocks_ref[first + lax.div(step, per_block)]
-          tile = q_block * per_block + lax.rem(step, per_block)
-          rows = (batch, pl.ds(tile * common.ROWS, common.ROWS), head)
-          is_reused = done + step >= stages
+        plgpu.copy_gmem_to_smem(
+          q_ref.at[rows], q_smem.at[slot], q_full.at[slot]
+        )
+        plgpu.copy_gmem_to_smem(
+          stat_ref.at[batch, head, tile], stat_smem.at[slot], q_full.at[slot]
+        )
 
-          @pl.when(is_reused)
-          def _():
-            plgpu.barrier_wait(q_free.at[slot])
+        @pl.when(is_reused)
+        def _():
+          plgpu.barrier_wait(do_free.at[slot])
 
-          plgpu.copy_gmem_to_smem(
-            q_ref.at[rows], q_smem.at[slot], q_full.at[slot]
-          )
-          plgpu.copy_gmem_to_smem(
-            stat_ref.at[batch, head, tile], stat_smem.at[slot], q_full.at[slot]
-          )
+        plgpu.copy_gmem_to_smem(
+          do_ref.at[rows], do_smem.at[slot], do_full.at[slot]
+        )
 
-          @pl.when(is_reused)
-          def _():
-            plgpu.barrier_wait(do_free.at[slot])
+      lax.fori_loop(0, num_steps, load_step, None)
+      return done + num_steps
 
-          plgpu.copy_gmem_to_smem(
-            do_ref.at[rows], do_smem.at[slot], do_full.at[slot]
-          )
-
-        lax.fori_loop(0, num_steps, load_step, None)
-        return done + num_steps
-
-      return lax.fori_loop(0, tiling.group, load_head, done)
-
-    lax.fori_loop(0, my_turns, load_tile, jnp.int32(0))
+    lax.fori_loop(0, tiling.group, load_head, jnp.int32(0))
 
   @pl.when(wg < compute_wgs)
   def _compute():
@@ -196,110 +175,100 @@ def _dkv_kernel(
     per_query = plgpu.Layout.WGMMA.reduce(0)
     per_key = plgpu.Layout.WGMMA.reduce(1)
 
-    def compute_tile(turn, done):
-      batch, kv_head, kv_block = tile_at(turn)
-      first_key = kv_block * tiling.block_kv + wg * common.ROWS
-      key = first_key + plgpu.broadcasted_iota(
-        jnp.int32, (common.ROWS,), 0, layout=per_key
-      )
-      # Least position, counted from query 0, that sees each key.
-      least = jnp.full((common.ROWS,), -_FAR, jnp.int32)
-      if tiling.causal:
-        least = key - q_offset_ref[batch]
-      is_valid = key < jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
-      least = jnp.where(
-        is_valid, least, jnp.full((common.ROWS,), _FAR, jnp.int32)
-      )
-      plgpu.barrier_wait(kv_full)
+    first_key = kv_block * tiling.block_kv + wg * common.ROWS
+    key = first_key + plgpu.broadcasted_iota(
+      jnp.int32, (common.ROWS,), 0, layout=per_key
+    )
+    # Least position, counted from query 0, that sees each key.
+    least = jnp.full((common.ROWS,), -_FAR, jnp.int32)
+    if tiling.causal:
+      least = key - q_offset_ref[batch]
+    is_valid = key < jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
+    least = jnp.where(
+      is_valid, least, jnp.full((common.ROWS,), _FAR, jnp.int32)
+    )
+    plgpu.barrier_wait(kv_full)
 
-      def head_fn(member, carry):
-        done, dk, dv = carry
-        head = kv_head * tiling.group + member
-        number, first = list_of(batch, head, kv_block)
-        num_steps = lengths_ref[number] * per_block
-        num_masked = num_masked_ref[number] * per_block
+    def head_fn(member, carry):
+      done, dk, dv = carry
+      head = kv_head * tiling.group + member
+      number, first = list_of(head)
+      num_steps = lengths_ref[number] * per_block
+      num_masked = num_masked_ref[number] * per_block
 
-        def step_fn(step, carry, is_masked):
-          dk, dv = carry
-          slot = lax.rem(done + step, stages)
+      def step_fn(step, carry, is_masked):
+        dk, dv = carry
+        slot = lax.rem(done + step, stages)
 
-          def ask_logits(acc_ref):
-            plgpu.barrier_wait(q_full.at[slot])
-            plgpu.wgmma(
-              acc_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0))
-            )
+        def ask_logits(acc_ref):
+          plgpu.barrier_wait(q_full.at[slot])
+          plgpu.wgmma(acc_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
 
-          def ask_dp(acc_ref):
-            plgpu.barrier_wait(do_full.at[slot])
-            plgpu.wgmma(
-              acc_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0))
-            )
-
-          def read(name):
-            index = ("lse", "delta").index(name)
-            row = common.load(stat_smem.at[slot, index], layout=per_query)
-            return lax.broadcast_in_dim(row, shape, [1])
-
-          def mask(logits):
-            if not is_masked:
-              return logits
-            q_block = q_blocks_ref[first + lax.div(step, per_block)]
-            tile = q_block * per_block + lax.rem(step, per_block)
-            query = plgpu.broadcasted_iota(
-              jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
-            )
-            limit = lax.broadcast_in_dim(least - tile * common.ROWS, shape, [0])
-            return jnp.where(query >= limit, logits, -jnp.inf)
-
-          def accumulate(refs):
-            dk_acc, dv_acc = refs
-
-            def add_to_dv(p):
-              plgpu.wgmma(dv_acc, p.astype(q_ref.dtype), do_smem.at[slot])
-
-            d_logits = pl.run_scoped(
-              common.tile_gradients(
-                ask_logits, ask_dp, read, mask, tiling.scale_log2, add_to_dv
-              ),
-              plgpu.ACC(shape, jnp.float32),
-              plgpu.ACC(shape, jnp.float32),
-            )
-            d_logits = d_logits.astype(q_ref.dtype)
-            plgpu.wgmma(dk_acc, d_logits, q_smem.at[slot])
-
-          dk, dv = pl.run_state(accumulate)(
-            (plgpu.ACC.init(dk), plgpu.ACC.init(dv))
+        def ask_dp(acc_ref):
+          plgpu.barrier_wait(do_full.at[slot])
+          plgpu.wgmma(
+            acc_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0))
           )
-          plgpu.barrier_arrive(q_free.at[slot])
-          plgpu.barrier_arrive(do_free.at[slot])
-          return dk, dv
 
-        dk, dv = lax.fori_loop(
-          0, num_masked, functools.partial(step_fn, is_masked=True), (dk, dv)
+        def read(name):
+          index = ("lse", "delta").index(name)
+          row = common.load(stat_smem.at[slot, index], layout=per_query)
+          return lax.broadcast_in_dim(row, shape, [1])
+
+        def mask(logits):
+          if not is_masked:
+            return logits
+          q_block = q_blocks_ref[first + lax.div(step, per_block)]
+          tile = q_block * per_block + lax.rem(step, per_block)
+          query = plgpu.broadcasted_iota(
+            jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
+          )
+          limit = lax.broadcast_in_dim(least - tile * common.ROWS, shape, [0])
+          return jnp.where(query >= limit, logits, -jnp.inf)
+
+        p, d_logits = pl.run_scoped(
+          common.tile_gradients(
+            ask_logits, ask_dp, read, mask, tiling.scale_log2
+          ),
+          plgpu.ACC(shape, jnp.float32),
+          plgpu.ACC(shape, jnp.float32),
         )
-        dk, dv = lax.fori_loop(
-          num_masked,
-          num_steps,
-          functools.partial(step_fn, is_masked=False),
-          (dk, dv),
+        p, d_logits = p.astype(q_ref.dtype), d_logits.astype(q_ref.dtype)
+
+        def accumulate(refs):
+          dk_acc, dv_acc = refs
+          plgpu.wgmma(dv_acc, p, do_smem.at[slot])
+          plgpu.wgmma(dk_acc, d_logits, q_smem.at[slot])
+
+        dk, dv = pl.run_state(accumulate)(
+          (plgpu.ACC.init(dk), plgpu.ACC.init(dv))
         )
-        return done + num_steps, dk, dv
+        plgpu.barrier_arrive(q_free.at[slot])
+        plgpu.barrier_arrive(do_free.at[slot])
+        return dk, dv
 
-      zeros = plgpu.layout_cast(
-        jnp.full((common.ROWS, tiling.head_dim), 0, jnp.float32),
-        plgpu.Layout.WGMMA,
+      dk, dv = lax.fori_loop(
+        0, num_masked, functools.partial(step_fn, is_masked=True), (dk, dv)
       )
-      done, dk, dv = lax.fori_loop(
-        0, tiling.group, head_fn, (done, zeros, zeros)
+      dk, dv = lax.fori_loop(
+        num_masked,
+        num_steps,
+        functools.partial(step_fn, is_masked=False),
+        (dk, dv),
       )
-      k_smem.at[wg][...] = (dk * tiling.scale).astype(q_ref.dtype)
-      v_smem.at[wg][...] = dv.astype(q_ref.dtype)
-      plgpu.commit_smem()
-      keys = (batch, pl.ds(first_key, common.ROWS), kv_head)
-      plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[keys])
-      plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[keys])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      plgpu.barrier_arrive(kv_free)
-      return done
+      return done + num_steps, dk, dv
 
-    lax.fori_loop(0, my_turns, compute_tile, jnp.int32(0))
+    zeros = plgpu.layout_cast(
+      jnp.full((common.ROWS, tiling.head_dim), 0, jnp.float32),
+      plgpu.Layout.WGMMA,
+    )
+    _, dk, dv = lax.fori_loop(
+      0, tiling.group, head_fn, (jnp.int32(0), zeros, zeros)
+    )
+    k_smem.at[wg][...] = (dk * tiling.scale).astype(q_ref.dtype)
+    v_smem.at[wg][...] = dv.astype(q_ref.dtype)
+    plgpu.commit_smem()
+    keys = (batch, pl.ds(first_key, common.ROWS), kv_head)
+    plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[keys])
+    plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[keys])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

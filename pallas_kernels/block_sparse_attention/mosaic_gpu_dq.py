@@ -222,7 +222,7 @@ def _dq_kernel(
           limit = lax.broadcast_in_dim(num_visible - start, shape, [0])
           return jnp.where(key < limit, logits, -jnp.inf)
 
-        d_logits = pl.run_scoped(
+        _, d_logits = pl.run_scoped(
           common.tile_gradients(
             ask_logits, ask_dp, read, mask, tiling.scale_log2
           ),

@@ -131,8 +131,9 @@ class BlockSparseAttentionSuite:
     (q, k, v, indices, counts), settings, _ = make_case("no_gqa")
     full = jnp.full_like(counts, indices.shape[-1])
     out, _ = self.run((q, k, v, indices, full), settings)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
-      expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+      expected = jax.nn.dot_product_attention(*wide, is_causal=True)
     helpers.assert_same(out, expected, TOLERANCE["float32"])
 
   def test_extreme_logits(self):
@@ -167,8 +168,9 @@ class BlockSparseAttentionSuite:
     gradient = jax.jit(
       jax.grad(loss, argnums=(0, 1, 2)), static_argnames="implementation"
     )
-    actual = gradient(q, k, v, implementation=self.implementation)
-    expected = gradient(q, k, v, implementation="reference")
+    with jax.default_matmul_precision("highest"):  # as above
+      actual = gradient(q, k, v, implementation=self.implementation)
+      expected = gradient(q, k, v, implementation="reference")
     for a, e in zip(actual, expected, strict=True):
       helpers.assert_same(a, e, 3e-6)  # measured 6e-7
 
