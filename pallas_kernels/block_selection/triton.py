@@ -64,7 +64,9 @@ def block_selection(
     ),
     grid=(pl.cdiv(num_q_blocks, rows), num_mask_heads, batch),
     out_shape=(
-      jax.ShapeDtypeStruct((batch, num_mask_heads, padded, width), jnp.int32),
+      jax.ShapeDtypeStruct(
+        (batch, num_mask_heads, padded, max_blocks), jnp.int32
+      ),
       *[jax.ShapeDtypeStruct((batch, num_mask_heads, padded), jnp.int32)] * 2,
     ),
     num_warps=8 if width > _TILE else 4,
@@ -73,7 +75,7 @@ def block_selection(
     name="block_selection",
   )(scores, q_len, kv_len, q_offset, mass_budget)
   return (
-    indices[:, :, :num_q_blocks, :max_blocks],
+    indices[:, :, :num_q_blocks],
     counts[:, :, :num_q_blocks],
     num_selected[:, :, :num_q_blocks],
   )
@@ -85,7 +87,7 @@ def _kernel(
   kv_len_ref,  # int32 [batch]
   q_offset_ref,  # int32 [batch]
   mass_budget_ref,  # float32 [num_mask_heads]
-  indices_ref,  # int32 [batch, num_mask_heads, num_q_blocks, width]
+  indices_ref,  # int32 [batch, num_mask_heads, num_q_blocks, room]
   counts_ref,  # int32 [batch, num_mask_heads, num_q_blocks]
   num_selected_ref,  # int32 [batch, num_mask_heads, num_q_blocks]
   *,
@@ -121,15 +123,16 @@ def _kernel(
   slot, count = search.slots(kept)
   # Every slot is written once: a block's, or a zero past the last one's.
   rest = count[:, None] + lax.cumsum((~kept).astype(jnp.int32), axis=1) - 1
+  slot = jnp.where(kept, slot, rest)
   plgpu.store(
     indices_ref.at[
       b,
       head,
       lax.broadcast_in_dim(row, (rows, width), (0,)),
-      jnp.where(kept, slot, rest),
+      slot,
     ],
     jnp.where(kept, block, 0),
-    mask=lax.broadcast_in_dim(is_row, (rows, width), (0,)),
+    mask=lax.broadcast_in_dim(is_row, (rows, width), (0,)) & (slot < room),
   )
   plgpu.store(counts_ref.at[strip], count, mask=is_row)
   plgpu.store(num_selected_ref.at[strip], num_selected, mask=is_row)
