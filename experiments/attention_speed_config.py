@@ -2,6 +2,7 @@
 """Settings of the attention-speed experiment."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from experiments import flags_and_configs
@@ -23,6 +24,9 @@ class Case:
     backward: whether to time gradients too.
     peers: names among `JAX_PEERS` and `TORCH_PEERS` to time beside ours.
     selection: whether to time the choice of blocks.
+    selected_densities: densities at which `Config.attended` is timed with its
+      selection, in one call; its top_p is searched for each.
+    columns: single keys that each mask head attends, timed apart; 0: none.
   """
 
   length: int
@@ -31,11 +35,14 @@ class Case:
   backward: bool = False
   peers: tuple[str, ...] = JAX_PEERS[:3] + TORCH_PEERS
   selection: bool = False
+  selected_densities: tuple[float, ...] = ()
+  columns: int = 0
 
   def __post_init__(self):
     checks.check_positive_int("length", self.length)
     checks.check_positive_int("head_dim", self.head_dim)
-    for density in self.densities:
+    checks.check_non_negative_int("columns", self.columns)
+    for density in (*self.densities, *self.selected_densities):
       checks.check_fraction("density", density)
     for peer in self.peers:
       checks.check_choice("peer", peer, JAX_PEERS + TORCH_PEERS)
@@ -57,6 +64,7 @@ class Config:
     group_ms: least length of a group, by an estimate from its first call.
     seed: of arrays and lists.
     selectors: settings of `make_pattern`, with its name under "method".
+    attended: likewise one pattern with a `top_p` and `block_scores`.
     torch_timeout_s: of the process that runs the PyTorch peers.
   """
 
@@ -71,6 +79,9 @@ class Config:
   group_ms: float = 40.0
   seed: int = 0
   selectors: tuple[dict[str, Any], ...] = ()
+  attended: Mapping = dataclasses.field(
+    default_factory=lambda: {"method": "unisparse"}
+  )
   torch_timeout_s: int = 240
 
   def __post_init__(self):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs, clocks and JAX methods of the attention-speed experiment."""
 
+import dataclasses
 import functools
 import importlib.util
+import math
 import statistics
 import time
 import warnings
@@ -15,7 +17,10 @@ import numpy as np
 
 import pallas_kernels
 from experiments import attention_speed_config as speed_config
+from pallas_kernels.block_sparse_attention import columns as columns_op
 from unisparse_jax import attention
+
+_DRAWN_AT_ONCE = 1 << 17  # tokens
 
 
 def random_lists(
@@ -90,16 +95,23 @@ def clock(
 
 
 def make_inputs(config: speed_config.Config, case: speed_config.Case):
-  """q, k, v and a cotangent of the output, standard normal."""
+  """q, k, v and a cotangent of the output (None: unused), standard normal."""
   keys = jax.random.split(jax.random.key(config.seed), 4)
-  heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-  heads = (*heads, config.num_heads)
-  return tuple(
-    jax.random.normal(
-      key, (1, case.length, h, case.head_dim), jnp.dtype(config.dtype)
-    )
-    for key, h in zip(keys, heads, strict=True)
-  )
+
+  def draw(key, heads):
+    if case.length > _DRAWN_AT_ONCE:  # less memory than all at once
+      parts = jax.random.split(key, math.ceil(case.length / _DRAWN_AT_ONCE))
+      drawn = [draw_part(part, _DRAWN_AT_ONCE, heads) for part in parts]
+      return jnp.concatenate(drawn, axis=1)[:, : case.length]
+    return draw_part(key, case.length, heads)
+
+  def draw_part(key, length, heads):
+    shape = (1, length, heads, case.head_dim)
+    return jax.random.normal(key, shape, jnp.dtype(config.dtype))
+
+  q = draw(keys[0], config.num_heads)
+  k, v = (draw(key, config.num_kv_heads) for key in keys[1:3])
+  return q, k, v, draw(keys[3], config.num_heads) if case.backward else None
 
 
 def measure_case(
@@ -144,7 +156,7 @@ def measure_case(
       continue
     arrays = (q, k, v, d_out)
     if peer == "attention_mgpu":  # its scratch is float16
-      arrays = tuple(x.astype(jnp.float16) for x in arrays)
+      arrays = jax.tree.map(lambda x: x.astype(jnp.float16), arrays)
     for direction in directions:
       if peer == "attention_mgpu" and direction == "backward":
         continue  # it has none under a causal mask
@@ -157,14 +169,139 @@ def measure_case(
       }
   if case.selection:
     for settings in config.selectors:
-      settings = dict(settings)
-      pattern = attention.make_pattern(settings.pop("method"), **settings)
-      yield {
-        **size,
-        "method": "selection",
-        "selector": repr(pattern),
-        **_time_call(config, lambda q, k, p=pattern: p.select(q, k), (q, k)),
-      }
+      yield {**size, **_time_selection(config, _make(settings), q, k)}
+  for density in case.selected_densities:
+    yield from _measure_attended(config, size, density, q, k, v)
+  if case.columns:
+    yield from _measure_columns(config, case, size, directions, q, v, d_out)
+
+
+def _make(settings):
+  settings = dict(settings)
+  return attention.make_pattern(settings.pop("method"), **settings)
+
+
+def _time_selection(config, pattern, q, k):
+  return {
+    "method": "selection",
+    "selector": repr(pattern),
+    **_time_call(config, pattern.select, (q, k)),
+  }
+
+
+def _measure_attended(config, size, density, q, k, v):
+  """Selection and attention in one call, and the selection alone."""
+  method = config.attended["method"]
+  try:
+    pattern, found = at_density(_make(config.attended), q, k, density)
+  except Exception as error:
+    yield {**size, "method": method, "density": density, **_failure(error)}
+    return
+  sparse = attention.SparseAttention(
+    pattern=pattern, implementation=config.implementation
+  )
+  record = _time_call(config, sparse, (q, k, v))
+  if "error" not in record:
+    pairs = 2 * found * causal_pairs(q.shape[1], q.shape[2])
+    blocks = q.shape[1] // pattern.block_q
+    pairs *= (blocks + 1) / (2 * blocks)  # of blocks, not of tokens
+    work = flops(pairs, q.shape[-1], backward=False)
+    record["tflops"] = work / record["median_ms"] / 1e9
+  named = {"aimed_density": density, "density": found}
+  yield {**size, "method": method, "direction": "forward", **named, **record}
+  yield {**size, **named, **_time_selection(config, pattern, q, k)}
+
+
+def at_density(pattern: Any, q, k, density: float) -> tuple[Any, float]:
+  """The pattern with the largest top_p that keeps no more than a density.
+
+  Args:
+    pattern: with a `top_p` and `block_scores`.
+    q: [1, len, num_heads, head_dim].
+    k: [1, len, num_kv_heads, head_dim].
+    density: share of the causal blocks.
+
+  Returns:
+    The pattern, and its density on these arrays.
+  """
+
+  @jax.jit
+  def score(q, k):
+    grid = attention.BlockGrid.create(
+      q, k, block_q=pattern.block_q, block_kv=pattern.block_kv
+    )
+    return pattern.block_scores(q, k, grid)
+
+  @jax.jit
+  def keep(scores, top_p):
+    _, _, num_selected = pallas_kernels.block_selection(
+      scores,
+      q_len=q.shape[1],
+      kv_len=k.shape[1],
+      block_q=pattern.block_q,
+      block_kv=pattern.block_kv,
+      top_p=jnp.full((scores.shape[1],), top_p),
+      num_sink_blocks=pattern.num_sink_blocks,
+      num_local_blocks=pattern.num_local_blocks,
+      max_blocks=1,  # counts alone are wanted
+    )
+    return num_selected.astype(jnp.float32).sum()
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scores = score(q, k)
+    num_blocks = scores.shape[1] * scores.shape[2] * (scores.shape[2] + 1) / 2
+    low, high, found = 0.0, 1.0, 0.0
+    for _ in range(14):
+      middle = (low + high) / 2
+      share = float(keep(scores, jnp.float32(middle))) / num_blocks
+      if share <= density:
+        low, found = middle, share
+      else:
+        high = middle
+  if not low:
+    raise ValueError(
+      f"density must be reachable; got density={density}; the forced blocks "
+      "alone are more."
+    )
+  return dataclasses.replace(pattern, top_p=low), found
+
+
+def _measure_columns(config, case, size, directions, q, v, d_out):
+  """Attention over single keys that a mask head's query heads share."""
+  rng = np.random.default_rng(config.seed)
+  units, count = config.num_mask_heads, case.columns
+  positions = np.stack(
+    [np.sort(rng.permutation(case.length)[:count]) for _ in range(units)]
+  )
+  pairs = float((case.length - positions).sum()) * config.num_heads / units
+  blocks = case.length // config.block
+  by_block = jnp.broadcast_to(
+    jnp.asarray(positions, jnp.int32)[None, :, None],
+    (1, units, blocks, count),
+  )
+  gathered = jnp.repeat(v[:, :count], units // v.shape[2], axis=2)
+
+  def attend(q, k, v):
+    return columns_op.column_attention(
+      q,
+      k,
+      v,
+      by_block,
+      block_q=config.block,
+      implementation=config.implementation,
+    )[0]
+
+  arrays = (q, gathered, gathered[:, ::-1], d_out)
+  for direction in directions:
+    yield {
+      **size,
+      "method": "columns",
+      "columns": count,
+      "density": count / case.length,
+      "direction": direction,
+      **_time(config, attend, arrays, direction, pairs),
+    }
 
 
 def _time(config, fn, arrays, direction, pairs, masks=()):

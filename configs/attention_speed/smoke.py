@@ -20,6 +20,8 @@ def get_config():
       backward=True,
       peers=("cudnn", "tokamax", "xla_dense"),
       selection=True,
+      selected_densities=(0.5,),
+      columns=24,
     ),
   )
   config.num_heads = 4
@@ -30,6 +32,7 @@ def get_config():
   config.implementation = "xla"
   config.repeats = 2
   config.group_ms = 1.0
+  config.attended = dict(method="unisparse", block_q=32, block_kv=32)
   config.selectors = (
     dict(method="unisparse", block_q=32, block_kv=32, top_p=0.9),
   )

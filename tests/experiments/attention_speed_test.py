@@ -4,7 +4,7 @@ import types
 import numpy as np
 import pytest
 
-from configs.attention_speed import default, quick, smoke
+from configs.attention_speed import default, million, quick, smoke, targets
 from experiments import (
   attention_speed,
   attention_speed_config,
@@ -31,13 +31,16 @@ def test_smoke_config_writes_records_and_figure(tmp_path, monkeypatch):
     for density in (1.0, 0.25):
       assert ("ours", direction, density) in timed
     assert ("xla_dense", direction, 1.0) in timed
+    assert ("columns", direction, 24 / 256) in timed
+  (attended,) = (r for r in written if r["method"] == "unisparse")
+  assert attended["tflops"] > 0 and 0.3 < attended["density"] <= 0.5
   # What cannot run here says so and is no time.
   refused = {r["method"] for r in written if "error" in r}
   assert refused == {"cudnn", "tokamax"}
   assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("config", [default, quick])
+@pytest.mark.parametrize("config", [default, million, quick, targets])
 def test_configs_parse(config):
   attention_speed_config.parse(config.get_config())
 

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer that reads 1,048,576 tokens, with and without its selection.
+
+Run:     python -m experiments.attention_speed
+           --config=configs/attention_speed/million.py --workdir=out/million
+Device:  one H100 or H200 (30 GB), about a minute.
+Expect:  see results/ and the README.
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.cases = (
+    dict(
+      length=1048576,
+      densities=(0.03,),
+      peers=(),
+      selected_densities=(0.03,),
+    ),
+  )
+  # Lists of all 8,192 blocks would take 2 GiB.
+  config.attended = dict(method="unisparse", max_blocks=512)
+  config.repeats = 3
+  return config

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of block-sparse attention on what a trained decoder's layers see.
+
+Queries, keys and values of a shipped model on held-out code, the masks that
+patterns choose for them, and one back end's output, log-sum-exp and gradients:
+the first two against float64 on a sample of rows, the last against the XLA back
+end in float32. Writes WORKDIR/records.jsonl, a line a layer and pattern.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  long_context_config,
+  long_context_run,
+  selector_study,
+)
+from pallas_kernels import checks
+from unisparse_jax import attention, data, models, records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What is checked.
+
+  Attributes:
+    model: folder of a checkpoint, or the name of one that ships.
+    length: tokens of the text; a multiple of the patterns' blocks.
+    layers: their numbers; none: all.
+    patterns: settings of `make_pattern`, with its name under "method"; such
+      that keep blocks alone.
+    dtype: of q, k and v.
+    implementation: the back end that is checked.
+    num_rows: queries, of every head, that are compared with float64.
+    gradients: whether to compare gradients too.
+    seed: of the text, the rows and the cotangent.
+  """
+
+  model: str
+  length: int
+  patterns: tuple[Mapping, ...]
+  layers: tuple[int, ...] = ()
+  dtype: str = "bfloat16"
+  implementation: str = "mosaic_gpu"
+  num_rows: int = 256
+  gradients: bool = True
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("length", "num_rows"):
+      checks.check_positive_int(name, getattr(self, name))
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = flags_and_configs.to_dataclass(Config, _CONFIG.value, name="config")
+  folder = long_context_config.model_folder(config.model)
+  identity = long_context_config.identity(config, folder)
+  workdir = records.claim_workdir(_WORKDIR.value, identity)
+  flags_and_configs.start_jax(workdir)
+  writer = records.RecordWriter(workdir / "records.jsonl", identity)
+  dtype = jnp.dtype(config.dtype)
+  calls = models.capture_qkv(
+    models.load_hf(folder, dtype=dtype), _tokens(config, folder, workdir)
+  )
+  for layer in config.layers or range(len(calls)):
+    qkv = tuple(x.astype(dtype) for x in calls[layer])
+    for settings in config.patterns:
+      found = check(config, settings, *qkv)
+      writer.write(layer=layer, pattern=dict(settings), **found)
+      errors = ", ".join(f"{k} {v:.2e}" for k, v in found.items())
+      print(f"layer {layer}, {dict(settings)}: {errors}", flush=True)
+
+
+def _tokens(config: Config, folder: pathlib.Path, workdir: pathlib.Path):
+  tokenizer = data.Tokenizer.load(folder / "tokenizer.json")
+  corpus = long_context_run.held_out_code(workdir / "corpus", tokenizer)
+  return selector_study.tokens_of(corpus, "code", config.length, config.seed)
+
+
+def check(config: Config, settings: Mapping, q, k, v) -> dict[str, float]:
+  """Density of a pattern's mask and errors of the back end on it.
+
+  Args:
+    config: the settings.
+    settings: of the pattern.
+    q: [1, len, num_heads, head_dim].
+    k: [1, len, num_kv_heads, head_dim].
+    v: as k.
+
+  Returns:
+    "density"; "out" and "lse", relative errors on the sampled rows; "dq", "dk"
+    and "dv", relative errors of the whole gradients.
+  """
+  rest = dict(settings)
+  pattern = attention.make_pattern(rest.pop("method"), **rest)
+  mask = jax.jit(pattern.select)(q, k)
+  attend = functools.partial(attention.sparse_attention, return_lse=True)
+  ours = jax.jit(
+    functools.partial(attend, implementation=config.implementation)
+  )
+  out, lse = ours(q, k, v, mask)
+  rng = np.random.default_rng(config.seed)
+  num_rows = min(config.num_rows, config.length)
+  rows = np.sort(rng.permutation(config.length)[:num_rows])
+  expected_out, expected_lse = attend_rows(q, k, v, mask, rows)
+  found = {
+    "density": float(attention.metrics.nominal_density(mask)),
+    "out": relative_error(out[0, rows], expected_out),
+    "lse": relative_error(lse[0, rows], expected_lse),
+  }
+  if config.gradients:
+    # Rounded as q is, so that both back ends are given the same.
+    d_out = jnp.asarray(rng.standard_normal(q.shape), q.dtype)
+
+    def gradients(q, k, v, implementation):
+      def loss(q, k, v):
+        out, _ = attend(q, k, v, mask, implementation=implementation)
+        weights = d_out.astype(jnp.float32)
+        return (out.astype(jnp.float32) * weights).sum()
+
+      return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    actual = gradients(q, k, v, config.implementation)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    with jax.default_matmul_precision("highest"):
+      expected = gradients(*wide, "xla")
+    for name, a, e in zip(("dq", "dk", "dv"), actual, expected, strict=True):
+      found[name] = relative_error(a, e)
+  return found
+
+
+def attend_rows(q, k, v, mask: Any, rows: np.ndarray):
+  """float64 attention of some causal rows over a mask's blocks.
+
+  Args:
+    q: [1, len, num_heads, head_dim].
+    k: [1, len, num_kv_heads, head_dim].
+    v: as k.
+    mask: without columns.
+    rows: int [num_rows], their numbers.
+
+  Returns:
+    float64 [num_rows, num_heads, head_dim] and [num_rows, num_heads].
+  """
+  assert mask.columns is None, "columns are not checked here"
+  grid = mask.grid
+  q, k, v = (
+    np.asarray(x[0].astype(jnp.float32), np.float64) for x in (q, k, v)
+  )
+  kept_blocks = np.asarray(mask.to_dense())[0]
+  num_heads, head_dim = q.shape[1:]
+  out = np.zeros((len(rows), num_heads, head_dim))
+  lse = np.zeros((len(rows), num_heads))
+  is_past = np.arange(k.shape[0]) <= rows[:, None]
+  for head in range(num_heads):
+    kv_head = head * k.shape[1] // num_heads
+    kept = kept_blocks[head * kept_blocks.shape[0] // num_heads]
+    kept = np.repeat(kept[rows // grid.block_q], grid.block_kv, axis=1)
+    kept = kept[:, : k.shape[0]] & is_past
+    logits = q[rows, head] @ k[:, kv_head].T * head_dim**-0.5
+    logits = np.where(kept, logits, -np.inf)
+    top = logits.max(-1, keepdims=True)
+    p = np.exp(logits - top)
+    total = p.sum(-1, keepdims=True)
+    out[:, head] = p @ v[:, kv_head] / total
+    lse[:, head] = (top + np.log(total))[:, 0]
+  return out, lse
+
+
+def relative_error(actual, expected) -> float:
+  """2-norm of the difference over that of what is expected."""
+  actual = np.asarray(jnp.asarray(actual, jnp.float32), np.float64)
+  expected = np.asarray(expected, np.float64)
+  return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)
