@@ -206,7 +206,7 @@ def _measure_attended(config, size, density, q, k, v):
     blocks = q.shape[1] // pattern.block_q
     pairs *= (blocks + 1) / (2 * blocks)  # of blocks, not of tokens
     work = flops(pairs, q.shape[-1], backward=False)
-    record["tflops"] = work / record["median_ms"] / 1e9
+    record["tflops"] = work / float(record["median_ms"]) / 1e9
   named = {"aimed_density": density, "density": found}
   yield {**size, "method": method, "direction": "forward", **named, **record}
   yield {**size, **named, **_time_selection(config, pattern, q, k)}
