@@ -30,7 +30,7 @@ def get_config():
       selected_densities=(0.25, 0.1),
       columns=2048,
     ),
-    *(dict(length=length, **short) for length in (4096, 8192, 16384, 2048)),
+    *(dict(length=length, **short) for length in (4096, 8192, 16384)),
   )
   config.selectors = (
     dict(method="sample_attention", top_p=0.9),

@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels import device
 from pallas_kernels.block_sparse_attention import (
+  masked_lists,
   mosaic_gpu_backward,
   mosaic_gpu_forward,
   tuning,
@@ -124,6 +125,15 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
   block_q, block_kv, causal, scale, config = settings
   batch, q_len, num_heads, head_dim = q.shape
+  indices, num_masked = masked_lists.prepare(
+    indices,
+    counts,
+    q_offset,
+    kv_len,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+  )
   num_mask_heads, num_q_blocks, max_blocks = indices.shape[1:]
   tiling = mosaic_gpu_forward.Tiling(
     num_heads=num_heads,
@@ -138,9 +148,6 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     causal=causal,
     scale_log2=scale * common.LOG2_E,
     config=config,
-  )
-  num_masked = common.count_masked(
-    indices, counts, q_offset, kv_len, block_q, block_kv, causal
   )
   q = common.pad_length(q, common.ROWS)
   k, v = (common.pad_length(x, config.tile_kv) for x in (k, v))

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention import (
-  mosaic_gpu_common as common,
-)
-from pallas_kernels.block_sparse_attention import (
+  masked_lists,
   mosaic_gpu_dkv,
   mosaic_gpu_dq,
   tuning,
+)
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu_common as common,
 )
 
 _EMPTY = 1e30  # log-sum-exp of rows without keys: their p is exactly 0
@@ -49,6 +50,10 @@ def backward(residuals, cotangents, settings, config=None):
     config = tuning.backward_config(q.shape[-1], block_q, block_kv)
   batch, q_len, num_heads, head_dim = q.shape
   kv_capacity = k.shape[1]
+  blocks = dict(block_q=block_q, block_kv=block_kv, causal=causal)
+  indices, num_masked = masked_lists.prepare(
+    indices, counts, q_offset, kv_len, **blocks
+  )
   num_mask_heads, num_q_blocks, max_blocks = indices.shape[1:]
   tiling = common.BackwardTiling(
     num_heads=num_heads,
@@ -74,9 +79,6 @@ def backward(residuals, cotangents, settings, config=None):
   statistics = _tile_statistics(lse_log2, delta, num_q_blocks * block_q)
   q, d_out = (common.pad_length(x, common.ROWS) for x in (q, d_out))
   k, v = (common.pad_length(x, block_kv) for x in (k, v))
-  num_masked = common.count_masked(
-    indices, counts, q_offset, kv_len, block_q, block_kv, causal
-  )
   arrays = (q, k, v, d_out, statistics)
   dq = mosaic_gpu_dq.call(
     arrays, indices, counts, num_masked, q_offset, kv_len, tiling
@@ -86,9 +88,7 @@ def backward(residuals, cotangents, settings, config=None):
     counts,
     q_offset,
     kv_len,
-    block_q=block_q,
-    block_kv=block_kv,
-    causal=causal,
+    **blocks,
     num_kv_blocks=tiling.num_kv_blocks,
   )
   dk, dv = mosaic_gpu_dkv.call(arrays, *transposed, q_offset, kv_len, tiling)
@@ -142,8 +142,13 @@ def transpose_lists(
   pair = jnp.sort(pair.reshape(batch, num_mask_heads, -1), axis=-1)
   # Query blocks ascend: the masked ones (diagonal) are a prefix, or, in the
   # block where the valid keys end, all.
-  needs_mask = is_listed & common.needs_mask(
-    indices, q_offset, kv_len, block_q, block_kv, causal
+  needs_mask = is_listed & masked_lists.needs_mask(
+    indices,
+    q_offset,
+    kv_len,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
   )
   lead = [
     lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (0, 1)

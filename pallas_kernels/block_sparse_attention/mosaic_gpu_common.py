@@ -103,44 +103,6 @@ def pad_length(x, least):
   return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
 
-def needs_mask(indices, q_offset, kv_len, block_q, block_kv, causal):
-  """Which listed blocks are not seen as a whole by every query of their row.
-
-  Args:
-    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
-    q_offset: int32 [batch].
-    kv_len: int32 [batch].
-    block_q: queries per block.
-    block_kv: keys per block.
-    causal: whether a query sees only keys up to its own position.
-
-  Returns:
-    bool, shape of indices.
-  """
-  seen = kv_len[:, None, None, None]
-  if causal:
-    q_block = lax.broadcasted_iota(jnp.int32, indices.shape, 2)
-    first_query = q_offset[:, None, None, None] + q_block * block_q
-    seen = jnp.minimum(seen, first_query + 1)
-  return (indices + 1) * block_kv > seen
-
-
-def count_masked(indices, counts, *args):
-  """How many leading blocks of each list may need a per-token mask.
-
-  Args:
-    indices: int32 [batch, num_mask_heads, num_q_blocks, max_blocks].
-    counts: int32 [batch, num_mask_heads, num_q_blocks].
-    *args: as of `needs_mask`.
-
-  Returns:
-    int32 [batch, num_mask_heads, num_q_blocks]: one past the last such slot.
-  """
-  slot = lax.broadcasted_iota(jnp.int32, indices.shape, 3)
-  is_masked = needs_mask(indices, *args) & (slot < counts[..., None])
-  return jnp.max(jnp.where(is_masked, slot + 1, 0), axis=-1, initial=0)
-
-
 def longest_first(lengths, tiles_per_row=1, num_workers=None):
   """int32 [groups * rows]: numbers of the rows, longest first.
 

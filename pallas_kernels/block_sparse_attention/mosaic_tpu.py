@@ -52,16 +52,8 @@ def block_sparse_attention(
         f"mosaic_tpu needs {name} to be a multiple of 16; got {name}={value}. "
         'Use implementation="xla".'
       )
-  forward = functools.partial(
-    _forward,
-    block_q=block_q,
-    block_kv=block_kv,
-    causal=causal,
-    scale=scale,
-    interpret=interpret,
-  )
   return xla_gradient.attend(
-    forward,
+    functools.partial(_forward, interpret=interpret),
     q,
     k,
     v,
@@ -241,10 +233,16 @@ def _forward(
 ):
   batch, q_len, num_heads, head_dim = q.shape
   kv_capacity, num_kv_heads = k.shape[1:3]
+  indices, num_masked = masked_lists.prepare(
+    indices,
+    counts,
+    q_offset,
+    kv_len,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+  )
   num_mask_heads, num_q_blocks, max_blocks = indices.shape[1:]
-  if max_blocks == 0:
-    indices = jnp.zeros((*indices.shape[:-1], 1), jnp.int32)
-    max_blocks = 1
   dtype = q.dtype
   if dtype == jnp.float16:  # not a TPU's type
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -270,15 +268,6 @@ def _forward(
   )
   k = jnp.transpose(k, (0, 3, 1, 2, 4)).reshape(-1, block_kv, head_dim)
   v = jnp.transpose(v, (0, 3, 1, 4, 2)).reshape(-1, head_dim, block_kv)
-  num_masked = masked_lists.num_masked_blocks(
-    indices,
-    counts,
-    q_offset,
-    kv_len,
-    block_q=block_q,
-    block_kv=block_kv,
-    causal=causal,
-  )
   per_mask_head = units // num_mask_heads
   all_pairs = batch * num_heads * num_q_blocks * block_q * max_blocks * block_kv
 

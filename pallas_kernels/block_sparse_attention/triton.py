@@ -55,17 +55,8 @@ def block_sparse_attention(
       f"triton needs head_dim <= 256; got head_dim={q.shape[-1]}. "
       'Use implementation="xla".'
     )
-  forward = functools.partial(
-    _forward,
-    block_q=block_q,
-    block_kv=block_kv,
-    causal=causal,
-    scale=scale,
-    capability=capability,
-    interpret=interpret,
-  )
   return xla_gradient.attend(
-    forward,
+    functools.partial(_forward, capability=capability, interpret=interpret),
     q,
     k,
     v,
@@ -183,17 +174,7 @@ def _forward(
   interpret,
 ):
   batch, q_len, num_heads, head_dim = q.shape
-  if indices.shape[-1] == 0:
-    indices = jnp.zeros((*indices.shape[:-1], 1), jnp.int32)
-  tile_q, tile_kv, num_warps, num_stages = _tile_sizes(
-    capability, pl.next_power_of_2(head_dim), q.dtype.itemsize
-  )
-  tile_q, tile_kv = min(tile_q, block_q), min(tile_kv, block_kv)
-  padded_dim = max(16, pl.next_power_of_2(head_dim))
-  q, k, v = (triton_backend.pad_axis(x, 3, padded_dim) for x in (q, k, v))
-  q = triton_backend.pad_axis(q, 1, tile_q)
-  k, v = (triton_backend.pad_axis(x, 1, tile_kv) for x in (k, v))
-  num_masked = masked_lists.num_masked_blocks(
+  indices, num_masked = masked_lists.prepare(
     indices,
     counts,
     q_offset,
@@ -202,6 +183,14 @@ def _forward(
     block_kv=block_kv,
     causal=causal,
   )
+  tile_q, tile_kv, num_warps, num_stages = _tile_sizes(
+    capability, pl.next_power_of_2(head_dim), q.dtype.itemsize
+  )
+  tile_q, tile_kv = min(tile_q, block_q), min(tile_kv, block_kv)
+  padded_dim = max(16, pl.next_power_of_2(head_dim))
+  q, k, v = (triton_backend.pad_axis(x, 3, padded_dim) for x in (q, k, v))
+  q = triton_backend.pad_axis(q, 1, tile_q)
+  k, v = (triton_backend.pad_axis(x, 1, tile_kv) for x in (k, v))
   out, lse = triton_backend.call(
     functools.partial(
       _kernel,

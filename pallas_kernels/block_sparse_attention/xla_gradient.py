@@ -12,7 +12,8 @@ def attend(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
   """`forward` of the arrays, with the XLA back end's gradients.
 
   Args:
-    forward: (q, k, v, indices, counts, q_offset, kv_len) to (out, lse).
+    forward: (q, k, v, indices, counts, q_offset, kv_len, *, block_q, block_kv,
+      causal, scale) to (out, lse).
     q: [batch, q_len, num_heads, head_dim].
     k: [batch, kv_len, num_kv_heads, head_dim].
     v: as k.
@@ -25,11 +26,26 @@ def attend(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
   Returns:
     (out, lse), as of `api.block_sparse_attention`.
   """
-  return forward(q, k, v, indices, counts, q_offset, kv_len)
+  block_q, block_kv, causal, scale = settings
+  return forward(
+    q,
+    k,
+    v,
+    indices,
+    counts,
+    q_offset,
+    kv_len,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+    scale=scale,
+  )
 
 
 def _fwd(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
-  out, lse = forward(q, k, v, indices, counts, q_offset, kv_len)
+  out, lse = attend(
+    forward, q, k, v, indices, counts, q_offset, kv_len, settings
+  )
   return (out, lse), (q, k, v, indices, counts, q_offset, kv_len, out, lse)
 
 

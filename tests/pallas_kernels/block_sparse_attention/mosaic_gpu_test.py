@@ -182,21 +182,6 @@ def test_longest_first_within_heads_where_that_is_even():
   )
 
 
-def test_masked_blocks_are_counted_from_any_order():
-  indices = jnp.array([[[[2, 1, 0], [0, 2, 1]]]], jnp.int32)
-  counts = jnp.array([[[3, 2]]], jnp.int32)
-  count = functools.partial(
-    mosaic_gpu_common.count_masked, indices, counts, jnp.array([128])
-  )
-  # Queries from 128 and 192 on; keys by 64, valid up to 180.
-  np.testing.assert_array_equal(
-    count(jnp.array([180]), 64, 64, True), [[[1, 2]]]
-  )
-  np.testing.assert_array_equal(
-    count(jnp.array([192]), 64, 64, False), [[[0, 0]]]
-  )
-
-
 def test_transposed_lists_and_their_masked_prefix():
   rng = np.random.default_rng(0)
   indices, counts = helpers.random_lists(
