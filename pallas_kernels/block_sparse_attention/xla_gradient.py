@@ -26,27 +26,20 @@ def attend(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
   Returns:
     (out, lse), as of `api.block_sparse_attention`.
   """
-  block_q, block_kv, causal, scale = settings
+  return _forward(forward, q, k, v, indices, counts, q_offset, kv_len, settings)
+
+
+def _forward(forward, *arrays_and_settings):
+  *arrays, (block_q, block_kv, causal, scale) = arrays_and_settings
   return forward(
-    q,
-    k,
-    v,
-    indices,
-    counts,
-    q_offset,
-    kv_len,
-    block_q=block_q,
-    block_kv=block_kv,
-    causal=causal,
-    scale=scale,
+    *arrays, block_q=block_q, block_kv=block_kv, causal=causal, scale=scale
   )
 
 
 def _fwd(forward, q, k, v, indices, counts, q_offset, kv_len, settings):
-  out, lse = attend(
-    forward, q, k, v, indices, counts, q_offset, kv_len, settings
-  )
-  return (out, lse), (q, k, v, indices, counts, q_offset, kv_len, out, lse)
+  arrays = (q, k, v, indices, counts, q_offset, kv_len)
+  out, lse = _forward(forward, *arrays, settings)
+  return (out, lse), (*arrays, out, lse)
 
 
 def _bwd(forward, settings, residuals, cotangents):
