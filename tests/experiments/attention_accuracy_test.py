@@ -32,12 +32,12 @@ def test_errors_are_those_of_rounding():
 
 def test_a_wrong_value_is_seen(monkeypatch):
   q, k, v = helpers.make_qkv(q_len=256)
-  attend = attention_accuracy.attention.sparse_attention
+  attend = attention_accuracy._attend
 
   def wrong(q, k, v, mask, **settings):
     return attend(q, k, v.at[0, 0].add(1.0), mask, **settings)
 
-  monkeypatch.setattr(attention_accuracy.attention, "sparse_attention", wrong)
+  monkeypatch.setattr(attention_accuracy, "_attend", wrong)
   config = make_config(gradients=False)
   found = attention_accuracy.check(config, SETTINGS, q, k, v)
   assert found["out"] > 1e-3 and found["lse"] < 2e-6
