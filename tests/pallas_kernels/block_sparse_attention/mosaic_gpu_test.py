@@ -276,11 +276,18 @@ class TestOnTheCard(suite.JittedSuite):
     helpers.assert_same(lse, expected_lse, CARD_TOLERANCE["bfloat16"])
 
   @pytest.mark.parametrize(
-    "name",
-    ["shared_mask", "ragged", "bidirectional", "many_tiles", "wide_heads"],
+    ("name", "dtype"),
+    [
+      *[
+        (name, "bfloat16")
+        for name in ("shared_mask", "ragged", "bidirectional", "many_tiles")
+      ],
+      ("wide_heads", "bfloat16"),
+      ("many_narrow", "float16"),
+    ],
   )
-  def test_gradients_match_reference(self, name):
-    arrays, settings, _ = suite.make_case(name)
+  def test_gradients_match_reference(self, name, dtype):
+    arrays, settings, _ = suite.make_case(name, jnp.dtype(dtype))
 
     def gradient(implementation):
       def loss(q, k, v):
@@ -288,7 +295,7 @@ class TestOnTheCard(suite.JittedSuite):
           q, k, v, *arrays[3:], **settings, implementation=implementation
         )
         weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
-        weight = weight.astype(jnp.bfloat16).astype(jnp.float32)
+        weight = weight.astype(dtype).astype(jnp.float32)
         finite = jnp.where(jnp.isinf(lse), 0.0, lse)
         out = out.astype(jnp.float32).ravel()
         return (out * weight).sum() + jnp.sin(finite).sum()
