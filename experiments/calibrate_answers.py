@@ -52,28 +52,7 @@ def main(argv):
   )
   shape = (model.config.num_layers, num_mask_heads(config, model.config))
   everything = calibrate_answers_search.Choice.keep_all(*shape)
-  alone = list(calibrate_answers_search.candidates(config, *shape))
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    console=console,
-  ) as progress:
-    bar = progress.add_task("one head", total=len(alone) * len(config.lengths))
-    density, growth = (
-      np.zeros((*shape, len(config.scorers), len(config.min_scores)))
-      for _ in range(2)
-    )
-    for length in config.lengths:
-      base = losses(length, everything)["loss"]
-      for layer, head, scorer, limit in alone:
-        one = everything.but(layer, head, scorer, limit)
-        measured = losses(length, one)
-        where = (layer, head, scorer, config.min_scores.index(limit))
-        density[where] += measured["density"][layer][head]
-        # What the worst of the lengths says.
-        growth[where] = max(growth[where], measured["loss"] - base)
-        progress.advance(bar)
-    density /= len(config.lengths)
+  density, growth = one_by_one(config, losses, everything, console)
 
   choices = calibrate_answers_search.frontier(config, density, growth)
   for tolerance in config.tolerances:
@@ -102,6 +81,47 @@ def main(argv):
     for line in summary(tolerance, calibration):
       console.print(line, highlight=False)
     console.print(f"Calibration: {path.absolute()}", soft_wrap=True)
+
+
+def one_by_one(config, losses, everything, console):
+  """Density of each head with each setting, and what it alone costs.
+
+  Args:
+    config: the settings.
+    losses: a `Losses`.
+    everything: the choice that keeps every block.
+    console: where the progress goes.
+
+  Returns:
+    float [num_layers, num_mask_heads, scorers, limits] twice: the mean density
+    over the lengths, inf where a sparser mask did as well; the largest growth
+    of the loss over the lengths, in nats.
+  """
+  num_layers, num_heads = everything.scorer.shape
+  shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
+  density, growth = np.full(shape, np.inf), np.zeros(shape)
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+    console=console,
+  ) as progress:
+    bar = progress.add_task("one head", total=int(np.prod(shape)))
+    base = {n: losses(n, everything)["loss"] for n in config.lengths}
+    for where in np.ndindex(*shape[:3]):
+      for index in reversed(range(shape[3])):  # from sparse to full
+        one = everything.but(*where, config.min_scores[index])
+        measured = {n: losses(n, one) for n in config.lengths}
+        layer, head, _ = where
+        density[*where, index] = np.mean(
+          [m["density"][layer][head] for m in measured.values()]
+        )
+        growth[*where, index] = max(
+          m["loss"] - base[n] for n, m in measured.items()
+        )
+        if growth[*where, index] <= config.negligible:
+          break
+      progress.advance(bar, shape[3])
+  return density, growth
 
 
 def num_mask_heads(config, model_config: models.DecoderConfig) -> int:
@@ -134,8 +154,7 @@ class Losses:
     key = (length, choice.key)
     if key not in self._known:
       if length not in self._prompts:
-        # One length's arrays at a time.
-        self._prompts = {length: self._answered(length)}
+        self._prompts[length] = self._answered(length)
       start = time.perf_counter()
       measured = self._measure(self._prompts[length], choice)
       measured["seconds"] = time.perf_counter() - start

@@ -2,7 +2,7 @@
 """What a layer's mask costs the answers, and the cheapest masks they bear."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,9 @@ class CalibrateAnswersConfig:
     lengths: tokens of a prompt and its answer.
     tasks: names in `tasks.TASKS`.
     samples: prompts of each task and length.
+    batch_size: prompts run together.
+    negligible: nats; a head's limits below one whose growth is no larger are
+      not tried.
     settings: of `UniSparseThreshold`, the same everywhere.
     scorers: settings that a layer may have beside them.
     scorer_cost: time of each scorer, in the time of dense attention.
@@ -46,14 +49,20 @@ class CalibrateAnswersConfig:
   scorer_cost: tuple[float, ...]
   min_scores: tuple[float, ...]
   tolerances: tuple[float, ...]
-  samples: int = 4
+  samples: int = 6
+  batch_size: int = 1
+  negligible: float = 0.002
   settings: dict = dataclasses.field(default_factory=dict)
   implementation: str | None = None
   dtype: str = "float32"
   seed: int = 1
 
   def __post_init__(self):
-    checks.check_positive_int("samples", self.samples)
+    for name in ("samples", "batch_size"):
+      checks.check_positive_int(name, getattr(self, name))
+    checks.require(
+      self.negligible >= 0.0, "negligible", "be 0 or more", self.negligible
+    )
     for name in ("lengths", "tasks", "scorers", "min_scores", "tolerances"):
       value = getattr(self, name)
       checks.require(len(value) > 0, name, "not be empty", value)
@@ -214,8 +223,11 @@ def make_loss(
 
   def measure(prompts: Prompts, choice: Choice) -> dict[str, Any]:
     losses, exact, densities = [], [], []
-    for start in range(0, prompts.tokens.shape[0], config.samples):
-      rows = slice(start, start + config.samples)
+    num_prompts = prompts.tokens.shape[0]
+    for start in range(0, num_prompts, config.batch_size):
+      # The last batch is filled up: a new shape would compile again.
+      rows = np.arange(start, start + config.batch_size) % num_prompts
+      num_new = min(config.batch_size, num_prompts - start)
       loss, is_exact, density = run(
         state,
         prompts.tokens[rows],
@@ -225,8 +237,8 @@ def make_loss(
         jnp.asarray(choice.scorer, jnp.int32),
         jnp.asarray(choice.min_score, jnp.float32),
       )
-      losses.append(np.asarray(loss, np.float64))
-      exact.append(np.asarray(is_exact))
+      losses.append(np.asarray(loss, np.float64)[:num_new])
+      exact.append(np.asarray(is_exact)[:num_new])
       densities.append(np.asarray(density, np.float64))
     return {
       "loss": float(np.concatenate(losses).mean()),
@@ -235,17 +247,6 @@ def make_loss(
     }
 
   return measure
-
-
-def candidates(
-  config: CalibrateAnswersConfig, num_layers: int, num_mask_heads: int
-) -> Iterator[tuple[int, int, int, float]]:
-  """(layer, head, scorer, min_score) of every setting tried by itself."""
-  for layer in range(num_layers):
-    for head in range(num_mask_heads):
-      for scorer in range(len(config.scorers)):
-        for limit in config.min_scores:
-          yield layer, head, scorer, limit
 
 
 def choose(
@@ -258,7 +259,7 @@ def choose(
 
   Args:
     config: the settings.
-    density: kept share of a head's blocks with each setting.
+    density: kept share of a head's blocks with each setting; inf: not tried.
     growth: of the loss, in nats, when this head alone has it.
     price: mean density that one nat is worth.
   """

@@ -4,7 +4,7 @@
 Run:     python -m experiments.calibrate_answers
            --config=configs/calibrate_answers/default.py
            --workdir=out/calibrate_answers
-         On a GPU: --config.dtype=bfloat16
+         On a GPU: --config.dtype=bfloat16 --config.batch_size=16
 Device:  a GPU for 5 minutes, or 2 CPU cores for a night.
 Expect:  to be filled from the first recorded run.
 """
@@ -28,7 +28,8 @@ def get_config():
     "qa_1",
     "qa_2",
   )
-  config.samples = 8
+  config.samples = 6
+  config.batch_size = 1
   config.settings = dict(
     over_queries="max",
     head_group=None,
