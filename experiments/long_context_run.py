@@ -99,6 +99,37 @@ def held_out_code(
   return data.CodeCorpus(folder, "held_out")
 
 
+def draw_samples(
+  task: str,
+  corpus: data.CodeCorpus,
+  *,
+  seed: int,
+  count: int,
+  prompt_len: int,
+  length: int,
+) -> list[tasks.TaskSample]:
+  """Prompts of a task, the same in every run.
+
+  Args:
+    task: a name in `tasks.TASKS`.
+    corpus: text that the prompts are made of.
+    seed: of the run.
+    count: number of prompts.
+    prompt_len: tokens that a prompt may have. One for all tasks leaves room for
+      the longest answer, so that one compiled prefill serves them.
+    length: tokens of a prompt and its answer; part of the seed.
+
+  Returns:
+    The prompts.
+  """
+  kind = tasks.TASKS[task]
+  rng = np.random.default_rng([seed, list(tasks.TASKS).index(task), length])
+  max_len = prompt_len + kind.max_new_tokens
+  return [
+    kind.sample(rng, corpus, corpus.tokenizer, max_len) for _ in range(count)
+  ]
+
+
 class Measurer:
   """Takes one step after another; what steps share is made once a length.
 
@@ -134,23 +165,19 @@ class Measurer:
       self._shared[name, *item] = make()
     return self._shared[name, *item]
 
-  def _samples(self, task: str, longest: int) -> list[tasks.TaskSample]:
-    number = list(tasks.TASKS).index(task)
-    rng = np.random.default_rng([self._config.seed, number, self._length])
-    kind = tasks.TASKS[task]
-    # Every prompt leaves room for the longest answer of all tasks, so that one
-    # compiled prefill serves them.
-    assert self._length is not None, "a length is set before its samples"
-    max_len = self._length - longest + kind.max_new_tokens
-    return [
-      kind.sample(rng, self._corpus, self._corpus.tokenizer, max_len)
-      for _ in range(self._config.samples)
-    ]
-
   def _answers(self, step: Step) -> dict[str, Any]:
     longest = max(tasks.TASKS[t].max_new_tokens for t in self._config.tasks)
     samples = self._share(
-      "samples", lambda: self._samples(step.item, longest), step.item
+      "samples",
+      lambda: draw_samples(
+        step.item,
+        self._corpus,
+        seed=self._config.seed,
+        count=self._config.samples,
+        prompt_len=step.length - longest,
+        length=step.length,
+      ),
+      step.item,
     )
     answers = evaluation.answer(
       self._model,

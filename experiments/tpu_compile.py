@@ -73,6 +73,7 @@ def kernels(length):
         block_kv=BLOCK,
         causal=True,
         scale=scale,
+        over_queries="mean",
       ),
       (means, means, array(1, count), array(1, count), array(1)),
     ),

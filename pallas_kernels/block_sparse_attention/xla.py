@@ -6,21 +6,24 @@ inner loop runs as often as the tile's list is long (`lax.fori_loop` with a
 dynamic bound), hence time follows the number of kept blocks and memory is that
 of q, k, v and out.
 
-The list's first blocks, which need a per-token mask, are read one at a time,
+The list's first blocks, which need a per-token mask, are read with a mask,
 together with as many others as leave whole steps; the rest are read `step_kv`
-keys at once without a mask.
+keys at once without one. On a CPU that head is one step, compiled for several
+lengths; an accelerator, which runs many tiles abreast, would run all of these,
+and reads the head one block at a time.
 
-Measured on 2 CPU cores, float32, 6 heads on 2 key heads of 64, 8K tokens, real
-masks with blocks of 128, GFLOP/s on kept blocks, by (blocks of a masked step,
-blocks of a free step); "all masked" is one loop that masks every step:
+Measured on 2 idle CPU cores, float32, 6 heads on 2 key heads of 64, 8K tokens,
+random masks with key blocks of 64, ms by (blocks of a free step, lengths of the
+head's step); dense attention by this loop takes 210:
 
-  density   2, all masked   8, all masked   2, 4   2, 8   1, 2   1, 4
-  1.00      105             117             130    137    121    135
-  0.73      105             111             128    134    121    134
-  0.38       99              97             119    122    119    130
+  density   8, one at a time   8, 2 to 8 by 2   8, 2 to 9   16, 2 to 16 by 2
+  0.247     72                 70               71          65
+  0.150     50                 50               45          46
+  0.089     35                 37               35          34
 
-An accelerator runs many tiles abreast, each as long as the longest list among
-them; a CPU runs them one by one.
+About 13 ms of each is for starting the operations of 128 tiles. Two loops over
+half of the tiles each, which the runtime might have run side by side, took 2 to
+10% longer. Masking every step took 15 to 25% longer.
 """
 
 import functools
@@ -48,7 +51,7 @@ def block_sparse_attention(
   block_kv,
   causal,
   scale,
-  step_kv=512,
+  step_kv=1024,
 ) -> tuple[jax.Array, jax.Array]:
   """See `api.block_sparse_attention`; step_kv: keys read without a mask."""
   settings = (block_q, block_kv, causal, scale, max(1, step_kv // block_kv))
@@ -91,6 +94,9 @@ class _Layout:
     self.num_kv_blocks = math.ceil(self.kv_len / self.block_kv)
     # A step reads no more slots than a list has.
     self.step = min(step, self.num_kv_blocks, indices.shape[3])
+    self.head_steps = (1,)
+    if jax.default_backend() == "cpu" and self.step > 1:
+      self.head_steps = tuple(range(2, self.step + 1, 2))
     self.backward_step = min(_BACKWARD_STEP, self.num_kv_blocks)
 
   def to_q_tiles(self, x):
@@ -178,7 +184,9 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
   tiling = _Layout(q, k, indices, settings)
   rows = tiling.group * tiling.block_q
   k_blocks, v_blocks = tiling.to_kv_blocks(k), tiling.to_kv_blocks(v)
-  lists = tiling.lists_by_unit(indices)
+  # Room so that a step may read past the last entry.
+  pad = ((0, 0),) * 3 + ((0, tiling.head_steps[-1] - 1),)
+  lists = tiling.lists_by_unit(jnp.pad(indices, pad))
   list_lengths = tiling.lists_by_unit(counts)
   # The scale is folded into q once.
   q_tiles = tiling.to_q_tiles(
@@ -208,13 +216,16 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
       acc = acc * shrink[:, None] + _dot(p.astype(v.dtype), v_step, 0)
       return new_max, row_sum * shrink + p.sum(-1), acc
 
-    def masked_step(index, carry):
-      block = lax.dynamic_slice(block_list, (index,), (1,))
-      key = jnp.arange(tiling.block_kv)
-      is_visible = tiling.is_visible(
-        first_position + row, block * tiling.block_kv + key, kv_len[b]
-      )
-      return attend(block, is_visible, carry)
+    def masked_step(num_blocks, start, carry):
+      blocks = lax.dynamic_slice(block_list, (start,), (num_blocks,))
+      key = jnp.arange(num_blocks * tiling.block_kv)
+      positions = jnp.repeat(blocks * tiling.block_kv, tiling.block_kv)
+      positions += key % tiling.block_kv
+      # What follows the head is read by the free steps.
+      is_head = start + key // tiling.block_kv < num_first
+      positions = jnp.where(is_head, positions, kv_len[b])
+      is_visible = tiling.is_visible(first_position + row, positions, kv_len[b])
+      return attend(blocks, is_visible, carry)
 
     def free_step(index, carry):
       start = num_first + index * tiling.step
@@ -230,7 +241,21 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
       jnp.zeros((rows,), jnp.float32),
       jnp.zeros((rows, tiling.head_dim), jnp.float32),
     )
-    carry = lax.fori_loop(0, num_first, masked_step, carry)
+    most = tiling.head_steps[-1]
+    num_head_steps = jnp.maximum(num_first - 1, 0) // most
+    carry = lax.fori_loop(
+      0,
+      num_head_steps,
+      lambda index, carry: masked_step(most, index * most, carry),
+      carry,
+    )
+    last_start = num_head_steps * most
+    carry = lax.switch(
+      jnp.searchsorted(jnp.asarray(tiling.head_steps), num_first - last_start),
+      [functools.partial(masked_step, n) for n in tiling.head_steps],
+      last_start,
+      carry,
+    )
     num_free_steps = (length - num_first) // tiling.step
     row_max, row_sum, acc = lax.fori_loop(0, num_free_steps, free_step, carry)
     is_empty = row_sum == 0.0

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks, dispatch
 from pallas_kernels.composite_scores import mosaic_tpu, reference, triton, xla
 
+OVER_QUERIES = ("mean", "max")
 IMPLEMENTATIONS = {
   "reference": reference.composite_scores,
   "xla": xla.composite_scores,
@@ -26,6 +27,7 @@ def composite_scores(
   causal: bool = True,
   scale: float | None = None,
   q_offset: int | Int[Array, "..."] = 0,
+  over_queries: str = "mean",
   implementation: dispatch.Implementation = None,
 ) -> Float[Array, "batch num_groups num_q_blocks num_kv_blocks"]:
   """Softmax between composite tokens, summed over each block of keys.
@@ -34,7 +36,7 @@ def composite_scores(
   over the composites u of query block i and w of key block j, with weight_u =
   q_counts_u / (valid queries of block i) and bias_w = log(k_counts_w /
   window_kv). If causal, u sees w when w's first key is not after u's last
-  query.
+  query. With over_queries="max" the largest over u stands for the weighted sum.
 
   Args:
     q: float32 [batch, num_q_composites, num_groups, head_dim]; means over
@@ -51,12 +53,15 @@ def composite_scores(
     causal: whether a query sees only keys at or before its own position.
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
-      try in order, or None for this platform's default.
+    over_queries: how a block's composite queries become one score: "mean", by
+      their counts, or "max".
+    implementation: a name in `IMPLEMENTATIONS`, a sequence of names to try in
+      order, or None for this platform's default.
 
   Returns:
     float32 [batch, num_groups, ceil(num_q_composites * window_q / block_q),
-    ceil(num_k_composites * window_kv / block_kv)]. Rows sum to 1, or are 0
-    where no query is valid or none sees a key.
+    ceil(num_k_composites * window_kv / block_kv)]. Rows sum to 1 (mean) or
+    more (max), or are 0 where no query is valid or none sees a key.
 
   Raises:
     ValueError: shapes, dtypes or sizes disagree.
@@ -90,6 +95,7 @@ def composite_scores(
     checks.check_positive_int(block_name, block)
     checks.check_divides(name, window, block_name, block)
   checks.check_scale(scale)
+  checks.check_choice("over_queries", over_queries, OVER_QUERIES)
   return dispatch.dispatch(
     IMPLEMENTATIONS,
     implementation,
@@ -104,4 +110,5 @@ def composite_scores(
     block_kv=block_kv,
     causal=causal,
     scale=float(head_dim**-0.5 if scale is None else scale),
+    over_queries=over_queries,
   )

@@ -38,6 +38,7 @@ def composite_scores(
   block_kv,
   causal,
   scale,
+  over_queries,
   compile_only=False,
   interpret=False,
 ):
@@ -93,6 +94,7 @@ def composite_scores(
       block_kv=block_kv,
       causal=causal,
       logit_scale=scale * _LOG2_E,
+      over_queries=over_queries,
     ),
     num_scalar_prefetch=1,
     grid=(batch, num_groups, num_strips, 2, num_tiles),
@@ -170,6 +172,7 @@ def _kernel(
   block_kv,
   causal,
   logit_scale,
+  over_queries,
 ):
   b, strip = pl.program_id(0), pl.program_id(2)
   part, tile = pl.program_id(3), pl.program_id(4)
@@ -221,6 +224,12 @@ def _kernel(
     by_row = jnp.zeros((q_ref.shape[0], tile_blocks), jnp.float32)
     for column in range(columns):
       by_row += jnp.exp2(score(column) - max_ref[...])
+    if over_queries == "max":
+      blocks = (weight_ref.shape[0], -1, tile_blocks)
+      is_valid = weight_ref[...].sum(0)[:, None] > 0.0
+      by_row = jnp.where(is_valid, by_row, 0.0)
+      scores_ref[...] = by_row.reshape(blocks).max(1)
+      return
     scores_ref[...] = lax.dot(
       weight_ref[...],
       by_row,

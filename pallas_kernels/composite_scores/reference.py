@@ -19,6 +19,7 @@ def composite_scores(
   block_kv,
   causal,
   scale,
+  over_queries,
 ):
   """See `api.composite_scores`."""
   rows, columns = block_q // window_q, block_kv // window_kv
@@ -35,9 +36,12 @@ def composite_scores(
     visible &= first_key[None, None, None, :] <= last[:, None, :, None]
   p = jax.nn.softmax(attn_logits, axis=-1, where=visible)
   p = jnp.where(visible, p, 0.0)
-  p *= layout.row_weights(q_counts, rows)[:, None, :, None]
   batch, num_groups, num_q, num_k = p.shape
   p = p.reshape(
     batch, num_groups, num_q // rows, rows, num_k // columns, columns
-  )
-  return p.sum((3, 5))
+  ).sum(5)
+  weight = layout.row_weights(q_counts, rows)
+  weight = weight.reshape(batch, 1, num_q // rows, rows, 1)
+  if over_queries == "max":
+    return jnp.where(weight > 0.0, p, 0.0).max(3)
+  return (p * weight).sum(3)

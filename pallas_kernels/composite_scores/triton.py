@@ -34,6 +34,7 @@ def composite_scores(
   block_kv,
   causal,
   scale,
+  over_queries,
   capability=None,
   interpret=False,
 ):
@@ -63,6 +64,8 @@ def composite_scores(
   num_q_blocks, num_kv_blocks = q.shape[1] // rows, k.shape[1] // columns
   bias = layout.key_bias(k_counts, window_kv) * _LOG2_E
   weight = layout.row_weights(q_counts, rows)
+  if over_queries == "max":
+    weight = jnp.where(weight > 0.0, 1.0, 0.0)
   scores = triton_backend.call(
     functools.partial(
       _kernel,
@@ -72,6 +75,7 @@ def composite_scores(
       tile_blocks=tile_blocks,
       causal=causal,
       logit_scale=scale * _LOG2_E,
+      over_queries=over_queries,
     ),
     grid=(num_groups, q.shape[1] // tile_rows, batch),
     out_shape=jax.ShapeDtypeStruct(
@@ -105,6 +109,7 @@ def _kernel(
   tile_blocks,
   causal,
   logit_scale,
+  over_queries,
 ):
   group = pl.program_id(0)
   tile = pl.num_programs(1) - 1 - pl.program_id(1)
@@ -170,7 +175,8 @@ def _kernel(
 
     zeros = jnp.zeros((tile_rows, tile_blocks), jnp.float32)
     by_row = lax.fori_loop(0, columns, add, zeros)
-    by_block = by_row.reshape(tile_rows // rows, rows, tile_blocks).sum(1)
+    by_row = by_row.reshape(tile_rows // rows, rows, tile_blocks)
+    by_block = by_row.max(1) if over_queries == "max" else by_row.sum(1)
     kv_blocks = pl.ds(kv_tile * tile_blocks, tile_blocks)
     scores_ref[b, group, q_blocks, kv_blocks] = by_block
     return _

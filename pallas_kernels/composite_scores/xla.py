@@ -1,4 +1,19 @@
-"""Any-device back end: strips of query blocks, one after another."""
+"""Any-device back end: strips of query blocks, one after another.
+
+A strip's scores stay in a core's cache, and a causal strip is scored against
+the keys up to its own end, rounded up to an eighth of all. Measured on 2 CPU
+cores, float32, 2 groups of head_dim 64, ms by (strip elements, parts):
+
+  tokens, windows   one strip of 2^22, 1   2^18, 1   2^18, 8   2^19, 8   2^20, 8
+  8,192, 4 and 4    120 (74 before)           24        20        18        21
+  16,384, 4 and 4   243 (162)                105       105        77        80
+  16,384, 4 and 8   396 (145)                 67        41        37        50
+
+("before": weights and masks applied to every composite instead of to a block's
+sum.)
+"""
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -7,7 +22,8 @@ from pallas_kernels.composite_scores import layout
 
 # Finite: infinities, through the exponential, cost a CPU half as much again.
 _MASKED = -1e30
-_STRIP_ELEMENTS = 1 << 22  # float32 composite scores held at once: 16 MiB
+_STRIP_ELEMENTS = 1 << 19  # float32 composite scores held at once: 2 MiB
+_PARTS = 8  # lengths of keys that a causal strip is compiled for
 
 
 def composite_scores(
@@ -23,6 +39,7 @@ def composite_scores(
   block_kv,
   causal,
   scale,
+  over_queries,
 ):
   """See `api.composite_scores`."""
   rows, columns = block_q // window_q, block_kv // window_kv
@@ -31,34 +48,62 @@ def composite_scores(
   batch, num_q, num_groups, head_dim = q.shape
   num_k, num_k_groups = k.shape[1:3]
   num_q_blocks, num_kv_blocks = num_q // rows, num_k // columns
+  strip_blocks = _strip_blocks(num_q_blocks, batch * num_groups * rows * num_k)
+  strip_rows = strip_blocks * rows
   bias = jnp.maximum(layout.key_bias(k_counts, window_kv), _MASKED)
   first_key = jnp.arange(num_k, dtype=jnp.int32) * window_kv
+  # [batch, num_k_groups, head_dim, num_k]
+  k = jnp.transpose(k, (0, 2, 3, 1))
 
-  def strips(x):  # [batch, num_q, ...] to [num_q_blocks, batch, rows, ...]
-    x = x.reshape(batch, num_q_blocks, rows, *x.shape[2:])
+  def strips(x):  # [batch, num_q, ...] to [num_strips, batch, rows, ...]
+    x = x.reshape(batch, -1, strip_rows, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
+
+  def score(visible_blocks, q, last, weight):
+    """[batch, num_groups, strip_blocks, num_kv_blocks] of the first blocks."""
+    keys = visible_blocks * columns
+    # [batch, num_k_groups, groups per k group, strip_rows, keys]
+    logits = jnp.einsum(
+      "brghd,bgdw->bghrw",
+      q,
+      k[..., :keys],
+      preferred_element_type=jnp.float32,
+    )
+    row_bias = bias[:, None, :keys]
+    if causal:
+      is_past = first_key[None, None, :keys] <= last[:, :, None]
+      row_bias = jnp.where(is_past, row_bias, _MASKED)
+    logits += row_bias[:, None, None]
+    # A row without a key must not become uniform.
+    row_max = jnp.maximum(logits.max(-1, keepdims=True), 0.1 * _MASKED)
+    p = jnp.exp(logits - row_max)
+    p = p.reshape(batch, num_groups, strip_rows, visible_blocks, columns)
+    p = p.sum(-1)
+    total = p.sum(-1, keepdims=True)
+    if over_queries == "max":
+      weight = jnp.where(weight > 0.0, 1.0, 0.0)
+    p *= weight[:, None, :, None] / jnp.where(total == 0.0, 1.0, total)
+    p = p.reshape(batch, num_groups, strip_blocks, rows, visible_blocks)
+    p = p.max(3) if over_queries == "max" else p.sum(3)
+    missing = num_kv_blocks - visible_blocks
+    return jnp.pad(p, ((0, 0),) * 3 + ((0, missing),))
+
+  per_part = -(-num_kv_blocks // _PARTS) if causal else num_kv_blocks
+  lengths = range(per_part, num_kv_blocks + per_part, per_part)
+  by_length = [
+    functools.partial(score, min(length, num_kv_blocks)) for length in lengths
+  ]
 
   def score_strip(operands):
     q, last, weight = operands
-    # [batch, num_k_groups, groups per k group, rows, num_k]
-    logits = jnp.einsum(
-      "brghd,bwgd->bghrw", q, k, preferred_element_type=jnp.float32
-    )
-    logits += bias[:, None, None, None, :]
-    visible = (k_counts > 0)[:, None, None, None, :]
-    if causal:
-      is_past = first_key[None, None, :] <= last[:, :, None]
-      visible &= is_past[:, None, None]
-    logits = jnp.where(visible, logits, _MASKED)
-    logits -= logits.max(-1, keepdims=True)
-    p = jnp.where(visible, jnp.exp(logits), 0.0)
-    total = p.sum(-1, keepdims=True)
-    p *= weight[:, None, None, :, None] / jnp.where(total == 0.0, 1.0, total)
-    p = p.sum(3).reshape(batch, num_groups, num_kv_blocks, columns)
-    return p.sum(-1)
+    if len(by_length) == 1:
+      return by_length[0](q, last, weight)
+    part = jnp.max(last) // (per_part * block_kv)
+    part = jnp.clip(part, 0, len(by_length) - 1)
+    return lax.switch(part, by_length, q, last, weight)
 
-  per_strip = batch * num_groups * rows * num_k
   grouped = (q * scale).reshape(batch, num_q, num_k_groups, -1, head_dim)
+  # [num_strips, batch, num_groups, strip_blocks, num_kv_blocks]
   scores = lax.map(
     score_strip,
     (
@@ -66,6 +111,13 @@ def composite_scores(
       strips(layout.last_positions(q_counts, q_offset, window_q)),
       strips(layout.row_weights(q_counts, rows)),
     ),
-    batch_size=max(1, min(num_q_blocks, _STRIP_ELEMENTS // per_strip)),
   )
-  return jnp.moveaxis(scores, 0, 2)
+  return jnp.moveaxis(scores, 0, 2).reshape(
+    batch, num_groups, num_q_blocks, num_kv_blocks
+  )
+
+
+def _strip_blocks(num_q_blocks, per_block):
+  """Blocks in a strip: a divisor of all, as many as its memory allows."""
+  most = max(1, min(num_q_blocks, _STRIP_ELEMENTS // per_block))
+  return max(n for n in range(1, most + 1) if num_q_blocks % n == 0)

@@ -53,7 +53,7 @@ def attention(module, dtype, head_dim, block=128):
   return fn, (q, k, k, *lists, array(1), array(1))
 
 
-def scores(module, window=16):
+def scores(module, window=16, over_queries="mean"):
   count = LENGTH // window
   composites = array(1, count, 4, 128, dtype=jnp.float32)
   fn = functools.partial(
@@ -64,6 +64,7 @@ def scores(module, window=16):
     block_kv=128,
     causal=True,
     scale=0.125,
+    over_queries=over_queries,
   )
   counts = (array(1, count), array(1, count))
   return fn, (composites, composites, *counts, array(1))
@@ -103,6 +104,7 @@ TRITON = {
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
   "attention_float32_256": attention(attention_triton, jnp.float32, 256),
   "scores": scores(scores_triton),
+  "scores_max": scores(scores_triton, over_queries="max"),
   "columns": columns(columns_triton, jnp.bfloat16),
   "selection_top_p": selection(selection_triton, top_k=None, max_blocks=32),
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
@@ -116,6 +118,7 @@ TPU = {
   "attention_float16_256": attention(attention_tpu, jnp.float16, 256),
   "scores": scores(scores_tpu),
   "scores_coarse": scores(scores_tpu, window=32),
+  "scores_max": scores(scores_tpu, over_queries="max"),
   "columns_bfloat16": columns(columns_tpu, jnp.bfloat16),
   "columns_float32": columns(columns_tpu, jnp.float32),
   "pooling_bfloat16": pooling(pooling_tpu, jnp.bfloat16, 128),

@@ -88,7 +88,7 @@ def dense_attention(
 
 
 def _tiled(q, k, v, causal, scale, q_offset, kv_len):
-  """The block-sparse loop over full lists, with long steps."""
+  """The block-sparse loop over full lists."""
   grid = block_mask.BlockGrid.create(
     q,
     k,
@@ -111,6 +111,5 @@ def _tiled(q, k, v, causal, scale, q_offset, kv_len):
     block_kv=grid.block_kv,
     causal=causal,
     scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
-    step_kv=1024,
   )
   return out

@@ -77,6 +77,7 @@ def numpy_scores(
   block_kv,
   causal,
   q_offset,
+  over_queries="mean",
 ):
   """float64, one composite query at a time."""
   q, k, q_counts, k_counts = (np.asarray(x) for x in (q, k, q_counts, k_counts))
@@ -103,9 +104,14 @@ def numpy_scores(
     weight = k_counts[b] * np.exp(logits)
     row = u * window_q // block_q
     in_row = np.arange(num_q) * window_q // block_q == row
-    weight *= q_counts[b, u] / q_counts[b, in_row].sum() / weight.sum()
-    for w in range(k.shape[1]):
-      scores[b, g, row, w * window_kv // block_kv] += weight[w]
+    by_block = np.zeros(scores.shape[3])
+    np.add.at(by_block, np.arange(k.shape[1]) * window_kv // block_kv, weight)
+    by_block /= weight.sum()
+    if over_queries == "mean":
+      by_block *= q_counts[b, u] / q_counts[b, in_row].sum()
+      scores[b, g, row] += by_block
+    elif q_counts[b, u]:
+      scores[b, g, row] = np.maximum(scores[b, g, row], by_block)
   return scores
 
 
@@ -136,6 +142,13 @@ class CompositeScoresSuite:
     assert scores.shape == expected.shape and scores.dtype == jnp.float32
     helpers.assert_same(scores, expected, self.tolerance)
     np.testing.assert_array_equal(np.asarray(scores)[expected == 0.0], 0.0)
+
+  @pytest.mark.parametrize("name", ["ragged", "bidirectional"])
+  def test_largest_of_the_queries(self, name):
+    arrays, settings = make_case(name)
+    settings["over_queries"] = "max"
+    expected = numpy_scores(*arrays, **settings)
+    helpers.assert_same(self.run(arrays, settings), expected, self.tolerance)
 
   def test_tolerance_sees_one_hidden_composite(self):
     arrays, settings = make_case("square")

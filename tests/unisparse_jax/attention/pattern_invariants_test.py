@@ -219,6 +219,7 @@ def test_causal_methods_refuse_bidirectional_attention(name):
     ("unisparse_threshold", dict(min_score=-0.1), r"min_score must be a fin"),
     ("unisparse_threshold", dict(min_score=(1.0, np.nan)), r"min_score must"),
     ("unisparse_threshold", dict(min_score=()), r"min_score must not be empty"),
+    ("unisparse_threshold", dict(over_queries="sum"), r"over_queries must be"),
     ("unisparse_threshold", dict(window_q=3), r"window_q must divide block_q"),
     ("random_blocks", dict(seed=-1), r"seed must be an integer >= 0"),
   ],
@@ -328,3 +329,26 @@ def test_top_count(scores, count, expected):
 
   found = scoring.top_count(jnp.asarray(scores), jnp.int32(count))
   np.testing.assert_array_equal(found, np.asarray(expected, bool))
+
+
+def test_one_query_that_looks_at_one_place_is_heard():
+  """A needle: by the mean over a block it is lost, by the largest it is not."""
+  q, k = (np.zeros((1, 256, 1, 8), np.float32) for _ in range(2))
+  k[0, 33, 0, 0] = k[0, 97, 0, 1] = 1.0
+  q[0, 192:, 0, 1] = 40.0  # The others look elsewhere.
+  q[0, 250, 0] = [40.0] + [0.0] * 7
+  kept = {}
+  for over_queries in ("mean", "max"):
+    pattern = make(
+      "unisparse_threshold",
+      min_score=8.0,
+      over_queries=over_queries,
+      window_q=1,
+      window_kv=1,
+      num_sink_blocks=0,
+    )
+    mask = pattern.select(jnp.asarray(q), jnp.asarray(k))
+    kept[over_queries] = np.asarray(mask.to_dense())[0, 0]
+  row, block = 250 // pattern.block_q, 33 // pattern.block_kv
+  assert kept["max"][row, block] and not kept["mean"][row, block]
+  assert (kept["max"] >= kept["mean"]).all()

@@ -84,7 +84,13 @@ class UniSparse:
     )
 
   def block_scores(
-    self, q, k, grid: block_mask.BlockGrid, *, scale: float | None = None
+    self,
+    q,
+    k,
+    grid: block_mask.BlockGrid,
+    *,
+    scale: float | None = None,
+    over_queries: str = "mean",
   ) -> Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"]:
     """Attention between composites, added up over each block of keys.
 
@@ -93,11 +99,13 @@ class UniSparse:
       k: [batch, kv_len, num_kv_heads, head_dim].
       grid: the blocks spoken of.
       scale: softmax scale; default head_dim ** -0.5.
+      over_queries: "mean" or "max", see `pallas_kernels.composite_scores`.
 
     Returns:
       float32 [batch, num_heads // head_group, num_q_blocks, num_kv_blocks];
       the mean over the row's composite queries of their softmax, so rows sum
-      to 1. The composite scores are never held for more than a strip of rows.
+      to 1, or the largest of them. The composite scores are never held for
+      more than a strip of rows.
     """
     checks.check_qkv(q, k, None)
     checks.check_scale(scale)
@@ -116,6 +124,7 @@ class UniSparse:
       causal=grid.causal,
       scale=scale,
       q_offset=grid.q_offset,
+      over_queries=over_queries,
     )
 
   def _composites(self, q, k, grid):

@@ -32,9 +32,12 @@ import dataclasses
 import math
 import numbers
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels import checks
+from pallas_kernels.composite_scores import api as composite_scores
 from unisparse_jax.attention import block_mask, profiles, scoring
 from unisparse_jax.attention.patterns import unisparse
 
@@ -46,8 +49,11 @@ class UniSparseThreshold:
   Attributes:
     min_score: smallest score of a kept block, as a multiple of what a row gives
       to each block when it gives all the same; 0 or more, or a tuple with one
-      for each mask head. A row drops at most this share of its composite
-      attention; mostly far less. 0 keeps everything.
+      for each mask head. 0 keeps everything. With over_queries="mean" a row
+      drops at most this share of its composite attention, mostly far less.
+    over_queries: which of a block's composite queries speak for it: their
+      "mean", or the one that gives most ("max"), so that a single query that
+      looks at a single place is heard.
     window_q: queries in one composite; divides block_q.
     window_kv: keys in one composite; divides block_kv.
     head_group: consecutive query heads in one composite, which share their
@@ -61,6 +67,7 @@ class UniSparseThreshold:
   """
 
   min_score: float | tuple[float, ...] = 0.5
+  over_queries: str = "mean"
   window_q: int = 32
   window_kv: int = 32
   head_group: int | None = 1
@@ -81,6 +88,9 @@ class UniSparseThreshold:
         "be a finite number >= 0",
         value,
       )
+    checks.check_choice(
+      "over_queries", self.over_queries, composite_scores.OVER_QUERIES
+    )
     checks.check_non_negative_int("num_sink_blocks", self.num_sink_blocks)
     checks.check_non_negative_int("num_local_blocks", self.num_local_blocks)
     if self.max_blocks is not None:
@@ -100,16 +110,44 @@ class UniSparseThreshold:
       q_offset=q_offset,
       kv_len=kv_len,
     )
-    scores = self._scorer().block_scores(q, k, grid, scale=scale)
+    scores = self.block_scores(q, k, grid, scale=scale)
+    return self.cut(grid, scores, self.min_score)
+
+  def block_scores(
+    self, q, k, grid: block_mask.BlockGrid, *, scale: float | None = None
+  ) -> Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"]:
+    """What `cut` takes; see `unisparse.UniSparse.block_scores`."""
+    return self._scorer().block_scores(
+      q, k, grid, scale=scale, over_queries=self.over_queries
+    )
+
+  def cut(
+    self,
+    grid: block_mask.BlockGrid,
+    scores: Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"],
+    min_score: float | tuple[float, ...] | Float[Array, " num_mask_heads"],
+  ) -> block_mask.BlockMask:
+    """The mask of the blocks whose score reaches the limit.
+
+    Args:
+      grid: the blocks spoken of.
+      scores: float32 [batch, num_mask_heads, num_q_blocks, num_kv_blocks].
+      min_score: as the attribute; an array may be traced.
+
+    Returns:
+      The mask.
+    """
     num_blocks = (profiles.num_keys(grid) + self.block_kv - 1) // self.block_kv
-    limit = scoring.per_head("min_score", self.min_score, scores.shape[1])
+    limit = min_score
+    if not isinstance(min_score, jax.Array):
+      limit = scoring.per_head("min_score", min_score, scores.shape[1])
     limit = (
       limit[None, :] / jnp.maximum(num_blocks, 1).astype(jnp.float32)[:, None]
     )
     forced = scoring.forced_blocks(
       grid,
-      num_sink_blocks=self.num_sink_blocks if causal else 0,
-      num_local_blocks=self.num_local_blocks if causal else 0,
+      num_sink_blocks=self.num_sink_blocks if grid.causal else 0,
+      num_local_blocks=self.num_local_blocks if grid.causal else 0,
     )
     kept = (scores >= limit[:, :, None, None]) | forced[:, None]
     # Where a row spreads evenly, all its blocks may miss a limit above 1.
