@@ -151,9 +151,7 @@ def judge(
     "evaluations": replicates.evaluations,
     "gradients": replicates.gradients,
     # Share of the squared error that comes from E_q F.
-    "share_of_shared_error": float(
-      np.median(replicates.shared_error**2 / mse)
-    ),
+    "share_of_shared_error": float(np.median(replicates.shared_error**2 / mse)),
     **replicates.notes,
   }
 

@@ -180,7 +180,9 @@ def coupling(
     jnp.zeros((num_layers, _NUM_SHAPES * dim), dtype),
   )
   white = proposals.Gaussian(
-    jnp.zeros((dim,), dtype), jnp.eye(dim, dtype=dtype), jnp.eye(dim, dtype=dtype)
+    jnp.zeros((dim,), dtype),
+    jnp.eye(dim, dtype=dtype),
+    jnp.eye(dim, dtype=dtype),
   )
   return Flow(white, start.mean, start.chol, start.inverse_chol, layers)
 
