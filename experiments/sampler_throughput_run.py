@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import mcmc_peers, mcmc_problems
+from experiments import mcmc_peers, mcmc_problems, mcmc_runs
 from unisparse_jax import mcmc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(mcmc_runs.Settings):
   """Of the experiment.
 
   Attributes:
@@ -41,7 +41,6 @@ class Settings:
   repeats: int = 3
   dtype: str = "float32"
   precision: str = "highest"
-  seed: int = 0
 
 
 def measure(problem, settings: Settings):

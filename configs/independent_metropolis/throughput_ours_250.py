@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A million proposals of a thousand chains in dimension 30: ours, larger blocks.
+"""A million proposals of a thousand chains, drawn in blocks of 250 steps.
 
 Run:     python -m experiments.independent_metropolis
            --config=configs/independent_metropolis/throughput_ours_250.py

@@ -125,7 +125,7 @@ def test_drawing_ahead_changes_no_number():
   def fn(x):
     return -jnp.sum(jnp.cosh(x))
 
-  start = jax.vmap(lambda x: gi_mala.init(x, fn))(states(3).position)
+  start = jax.jit(jax.vmap(lambda x: gi_mala.init(x, fn)))(states(3).position)
   step = base.bind(gi_mala.build_kernel(), fn)
   a = preconditioner.identity(2)
 
