@@ -8,9 +8,9 @@ monotone curve whose shape depends on those that are kept:
 
     z -> shift + exp(log_scale) sinh(exp(tail) (asinh(z) + skew))
 
-with (shift, log_scale, skew, tail) from a network of one hidden layer. At its
-start, all zero, a layer is the identity and the flow the base itself, moved by
-(mean, root). Both directions cost the same, and all layers have one shape, so
+with (shift, log_scale, skew, tail) from a network of one hidden layer, and
+log_scale from a linear map too. At its start, all zero, a layer is the identity
+and the flow the base itself, moved by (mean, root). Both directions cost the same, and all layers have one shape, so
 that a program holds one layer whatever their number.
 
 The base may be any proposal: a heavy-tailed part mixed into it stays heavy
@@ -35,10 +35,11 @@ from unisparse_jax.mcmc import checks, expectations, proposals
 # and on, one after the other, gave draws of the heavy part for which the mean
 # of x^2 could not be told from any number of them (breast cancer, 6 layers,
 # log-scales within 3 and tails within 0.5: relative error above 1e6). So
-# networks see kept coordinates within `_REACH`, curves widen little, and may
-# narrow much, as the neck of a funnel asks for.
+# networks see kept coordinates within `_REACH` and curves widen little. They
+# may narrow without end along the linear map, as the neck of a funnel asks for:
+# a scale that stops there leaves pi / q unbounded, and chains stick.
 _REACH = 8.0
-_MAX_WIDEN, _MAX_NARROW, _MAX_SKEW, _MAX_TAIL = 1.5, 8.0, 2.0, 0.2
+_MAX_WIDEN, _MAX_NARROW, _MAX_SKEW, _MAX_TAIL = 1.5, 20.0, 2.0, 0.2
 _NUM_SHAPES = 4
 
 
@@ -51,6 +52,7 @@ class Layers(NamedTuple):
     inward_bias: of hidden units.
     outward: weights from hidden units to curves.
     outward_bias: of the curves.
+    slope: weights from kept coordinates to log_scale, not within `_REACH`.
   """
 
   kept: Float[Array, "num_layers dim"]
@@ -58,6 +60,7 @@ class Layers(NamedTuple):
   inward_bias: Float[Array, "num_layers hidden"]
   outward: Float[Array, "num_layers hidden 4*dim"]
   outward_bias: Float[Array, "num_layers 4*dim"]
+  slope: Float[Array, "num_layers dim dim"]
 
 
 @jax.tree_util.register_dataclass
@@ -178,6 +181,7 @@ def coupling(
     jnp.zeros((num_layers, hidden), dtype),
     jnp.zeros((num_layers, hidden, _NUM_SHAPES * dim), dtype),
     jnp.zeros((num_layers, _NUM_SHAPES * dim), dtype),
+    jnp.zeros((num_layers, dim, dim), dtype),
   )
   white = proposals.Gaussian(
     jnp.zeros((dim,), dtype),
@@ -273,9 +277,10 @@ def _curves(z, layer):
   hidden = jax.nn.silu(seen @ layer.inward + layer.inward_bias)
   raw = hidden @ layer.outward + layer.outward_bias
   raw = raw.reshape(_NUM_SHAPES, -1) * (1 - layer.kept)[None]
+  log_scale = raw[1] + ((z * layer.kept) @ layer.slope) * (1 - layer.kept)
   return (
     raw[0],
-    _bounded(raw[1], jnp.where(raw[1] > 0, _MAX_WIDEN, _MAX_NARROW)),
+    _bounded(log_scale, jnp.where(log_scale > 0, _MAX_WIDEN, _MAX_NARROW)),
     _bounded(raw[2], _MAX_SKEW),
     _bounded(raw[3], _MAX_TAIL),
   )
