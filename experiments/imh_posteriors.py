@@ -14,6 +14,7 @@ from unisparse_jax.mcmc import adaptive_independent_metropolis as adaptive
 from unisparse_jax.mcmc import (
   estimates,
   expectations,
+  flows,
   independent_blocks,
   proposal_fits,
 )
@@ -37,19 +38,26 @@ def fit(
   Args:
     rng_key: one key.
     case: the posterior.
-    how: `kind` "start" for the case's own Gaussian, or "adapted" with
-      `num_components` and fields of `FitSettings`.
+    how: `kind` "start" for the case's own Gaussian; "adapted" with
+      `num_components` and fields of `FitSettings`; or "flow" with those fields
+      and `num_layers`, `hidden` and `kept` of `flows.coupling`.
   """
   how = dict(how)
   kind = how.pop("kind")
   how.pop("label", None)
   if kind == "start":
     return case.start, {"kind": kind}
-  num_components = how.pop("num_components", 1)
+  shape = {
+    name: how.pop(name)
+    for name in ("num_components", "num_layers", "hidden", "kept")
+    if name in how
+  }
   start = case.start
   key_spread, key_fit = jax.random.split(rng_key)
-  if num_components > 1:
-    start = proposal_fits.spread(key_spread, start, num_components)
+  if kind == "flow":
+    start = flows.coupling(key_spread, start, **shape)
+  elif shape.get("num_components", 1) > 1:
+    start = proposal_fits.spread(key_spread, start, **shape)
   settings = proposal_fits.FitSettings(**how)
   began = time.perf_counter()
   with warnings.catch_warnings(record=True) as caught:
@@ -59,7 +67,7 @@ def fit(
   history = report.pop("acceptance_history")
   return result.proposal, {
     "kind": kind,
-    "num_components": num_components,
+    **shape,
     **report,
     "acceptance_first_100": float(np.mean(history[:100]))
     if len(history)
@@ -78,14 +86,17 @@ def replicate(
 ) -> tuple[dict[str, imh_peers.Replicates], np.ndarray, np.ndarray]:
   """Independent Metropolis, each chain a replicate.
 
-  Coefficients of one half of the chains serve the other half.
+  Coefficients of one half of the chains serve the other half. Where E_q F is
+  itself an estimate, all replicates share its error, which the replicates
+  carry along; of H4, whose weight in it is a mean log-weight close to 0, that
+  part is left out.
 
   Returns:
     Replicates by rule; the best pooled mean; and Var_pi F.
   """
-  key_start, key_burn, key_run = jax.random.split(rng_key, 3)
+  key_start, key_burn, key_run, key_known = jax.random.split(rng_key, 4)
   functional = expectations.means_and_squares(case.dim)
-  known = expectations.expectation(functional, proposal)
+  known, known_error = imh_peers.known_means(key_known, functional, proposal)
   state = independent_blocks.init_chains(
     key_start, case.logdensity_fn, proposal, num_replicates
   )
@@ -101,7 +112,12 @@ def replicate(
   found = {}
   for name, (coef, numbers) in RULES.items():
     result = estimates.estimate(run.carry, coef, terms=numbers)
-    found[name] = imh_peers.Replicates(result.chain_means, num_draws, 0, notes)
+    shared = np.zeros(2 * case.dim)
+    if numbers != ():
+      shared = np.abs(result.cv_coef[1]) * known_error
+    found[name] = imh_peers.Replicates(
+      result.chain_means, num_draws, 0, notes, shared
+    )
   return found, result.mean, result.variance
 
 
@@ -113,7 +129,7 @@ def judge(
 ) -> dict[str, Any]:
   """Mean squared error against that of `num_draws` independent draws of pi."""
   error = replicates.means - truth
-  mse = np.mean(error**2, axis=0)
+  mse = np.mean(error**2, axis=0) + replicates.shared_error**2
   gain = variance / num_draws / mse
   dim = len(gain) // 2
   out = {}
@@ -134,6 +150,8 @@ def judge(
     "max_standardised_bias": float(bias.max()),
     "evaluations": replicates.evaluations,
     "gradients": replicates.gradients,
+    # Share of the squared error that comes from E_q F.
+    "share_of_shared_error": float(np.median(replicates.shared_error**2 / mse)),
     **replicates.notes,
   }
 

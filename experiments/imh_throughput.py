@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import mcmc_problems
 from unisparse_jax.mcmc import (
   estimates,
   independent_blocks,
@@ -61,11 +62,9 @@ class Throughput:
 
 def problem(settings: Throughput) -> tuple[Any, proposals.Gaussian]:
   """Log-density and proposal, float32."""
-  rng = np.random.default_rng(settings.seed)
-  features = rng.standard_normal((settings.num_data, settings.dim))
-  truth = rng.standard_normal(settings.dim) / np.sqrt(settings.dim)
-  chance = 1 / (1 + np.exp(-features @ truth))
-  labels = (rng.random(settings.num_data) < chance).astype(int)
+  features, labels = mcmc_problems.simulated(
+    settings.num_data, settings.dim, settings.seed
+  )
   target = targets.logistic_regression(
     features, labels, intercept=False, dtype=jnp.float32
   )

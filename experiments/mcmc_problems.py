@@ -59,16 +59,15 @@ def make(name: str, dtype: Any = None) -> Problem:
   """A problem.
 
   Args:
-    name: a data set of `targets.load_labelled` (also a CSV file) for logistic
-      regression with a N(0, 1) prior; "gp:DATA:ROWS" for Gaussian process
-      classification of that many rows; "cox:SIDE" or "cox_dense:SIDE";
-      "gp_regression:ROWS".
+    name: data of `labelled` for logistic regression with a N(0, 1) prior;
+      "gp:DATA:ROWS" for Gaussian process classification of that many rows;
+      "cox:SIDE" or "cox_dense:SIDE"; "gp_regression:ROWS".
     dtype: of the computations.
   """
   kind, _, more = name.partition(":")
   if kind == "gp":
-    data, rows = more.split(":")
-    features, labels = mcmc.targets.load_labelled(data)
+    data, _, rows = more.rpartition(":")
+    features, labels = labelled(data)
     kept = np.random.default_rng(0).permutation(len(labels))[: int(rows)]
     kept.sort()
     features = features[kept]
@@ -89,7 +88,10 @@ def make(name: str, dtype: Any = None) -> Problem:
       int(more), embedding=embedding, dtype=dtype
     )
     return _latent(name, target)
-  target = mcmc.targets.load_logistic_regression(name, dtype=dtype)
+  features, labels = labelled(name)
+  target = mcmc.targets.logistic_regression(
+    features, labels, dtype=dtype, name=name
+  )
   found = mcmc.laplace.laplace(target.logdensity_fn, target.start)
   if not bool(found.is_converged):
     raise ValueError(
@@ -112,6 +114,32 @@ def make(name: str, dtype: Any = None) -> Problem:
     reference=lambda gamma: mcmc.poisson.Reference(gamma, found.mean, a),
     hooks={},
   )
+
+
+def labelled(name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Features and 0/1 labels.
+
+  Args:
+    name: a data set of `targets.load_labelled`, also a CSV file, or
+      "simulated:ROWS:COLUMNS" for standard normal features with labels from
+      logistic regression with coefficients N(0, 1 / COLUMNS), seed 0.
+  """
+  kind, _, more = name.partition(":")
+  if kind != "simulated":
+    return mcmc.targets.load_labelled(name)
+  rows, columns = map(int, more.split(":"))
+  return simulated(rows, columns, seed=0)
+
+
+def simulated(
+  rows: int, columns: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Features and labels of "simulated:ROWS:COLUMNS"."""
+  rng = np.random.default_rng(seed)
+  features = rng.standard_normal((rows, columns))
+  truth = rng.standard_normal(columns) / np.sqrt(columns)
+  chance = 1 / (1 + np.exp(-features @ truth))
+  return features, (rng.random(rows) < chance).astype(np.int64)
 
 
 def _latent(name, target) -> Problem:

@@ -3,7 +3,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import rich.console
 import rich.table
@@ -14,35 +13,25 @@ from experiments import (
   mcmc_figures,
   mcmc_peers,
   mcmc_problems,
+  mcmc_runs,
   sampler_efficiency_run,
 )
-from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """Of the experiment: its rows, seed, and "float32" or "float64"."""
+class Settings(mcmc_runs.Settings):
+  """Of the experiment."""
 
   rows: tuple[sampler_efficiency_run.Row, ...]
-  seed: int = 0
-  dtype: str = "float64"
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  settings = flags_and_configs.to_dataclass(
-    Settings, _CONFIG.value, name="config"
-  )
-  jax.config.update("jax_enable_x64", settings.dtype == "float64")
-  workdir = records.claim_workdir(_WORKDIR.value, settings)
-  flags_and_configs.start_jax(workdir)
-  file = workdir / "records.jsonl"
-  found = records.read(file) if file.exists() else []
-  done = {(r["row"], r["sampler"]) for r in found}
-  writer = records.RecordWriter(file, settings)
+  settings, run = mcmc_runs.begin(Settings, _CONFIG.value, _WORKDIR.value)
+  done = {(r["row"], r["sampler"]) for r in run.found()}
   console = rich.console.Console(width=140)
   for number, row in enumerate(settings.rows):
     missing = [s for s in row.samplers if (number, s) not in done]
@@ -55,12 +44,12 @@ def main(argv):
       measured, traces[name] = sampler_efficiency_run.measure(
         sampler, problem, row, settings.seed
       )
-      writer.write(row=number, target=row.target, sampler=name, **measured)
+      run.writer.write(row=number, target=row.target, sampler=name, **measured)
       console.print(
         f"{row.target} {name}: {measured['min_ess_per_second']:.4g}"
       )
-    mcmc_figures.chains(list(traces.values()), list(traces), workdir)
-  console.print(table(records.read(file)))
+    mcmc_figures.chains(list(traces.values()), list(traces), run.workdir)
+  console.print(table(run.found()))
 
 
 def table(found: list[dict]) -> rich.table.Table:

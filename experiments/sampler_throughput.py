@@ -11,9 +11,9 @@ from absl import app
 from experiments import (
   flags_and_configs,
   mcmc_problems,
+  mcmc_runs,
   sampler_throughput_run,
 )
-from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -21,19 +21,14 @@ _CONFIG, _WORKDIR = flags_and_configs.define()
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  settings = flags_and_configs.to_dataclass(
-    sampler_throughput_run.Settings, _CONFIG.value, name="config"
+  settings, run = mcmc_runs.begin(
+    sampler_throughput_run.Settings, _CONFIG.value, _WORKDIR.value
   )
-  jax.config.update("jax_enable_x64", settings.dtype == "float64")
   jax.config.update("jax_default_matmul_precision", settings.precision)
-  workdir = records.claim_workdir(_WORKDIR.value, settings)
-  flags_and_configs.start_jax(workdir)
-  file = workdir / "records.jsonl"
-  writer = records.RecordWriter(file, settings)
   problem = mcmc_problems.make(settings.target, jnp.dtype(settings.dtype))
   console = rich.console.Console(width=140)
   for measured in sampler_throughput_run.measure(problem, settings):
-    writer.write(**measured)
+    run.writer.write(**measured)
     console.print(
       {k: v for k, v in measured.items() if not isinstance(v, list)}
     )

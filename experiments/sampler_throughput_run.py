@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import mcmc_peers
+from experiments import mcmc_peers, mcmc_problems, mcmc_runs
 from unisparse_jax import mcmc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(mcmc_runs.Settings):
   """Of the experiment.
 
   Attributes:
@@ -41,12 +41,15 @@ class Settings:
   repeats: int = 3
   dtype: str = "float32"
   precision: str = "highest"
-  seed: int = 0
 
 
 def measure(problem, settings: Settings):
   """Yields one measurement after another."""
-  yield {"kind": "products", **time_products(problem, settings)}
+  features, _ = mcmc_problems.labelled(settings.target)
+  shape = (len(features), problem.target.dim)
+  yield {"kind": "products", **time_products(shape, settings)}
+  padded = (-(-shape[0] // 64) * 64, -(-shape[1] // 32) * 32)
+  yield {"kind": "products_padded", **time_products(padded, settings)}
   yield {"kind": "gradient", **time_gradient(problem, settings)}
   for acceptance in settings.acceptances:
     yield from ours(problem, settings, acceptance)
@@ -73,14 +76,17 @@ def timed(fn, repeats: int):
   return float(min(seconds) if on_cpu else np.median(seconds)), result
 
 
-def time_products(problem, settings: Settings) -> dict:
-  """The two batched matrix products of a gradient, and nothing else."""
-  features, _ = mcmc.targets.load_labelled(settings.target)
+def time_products(shape: tuple[int, int], settings: Settings) -> dict:
+  """The two batched matrix products of a gradient, and nothing else.
+
+  Args:
+    shape: rows and columns of the design.
+    settings: of the experiment.
+  """
   dtype = jnp.dtype(settings.dtype)
-  rng = np.random.default_rng(0)
-  design = rng.standard_normal((len(features), problem.target.dim))
+  design = np.random.default_rng(0).standard_normal(shape)
   design = jnp.asarray(design / np.sqrt(design.size), dtype)
-  positions = jnp.ones((settings.num_chains, problem.target.dim), dtype)
+  positions = jnp.ones((settings.num_chains, shape[1]), dtype)
 
   @jax.jit
   def loop(design, positions):
@@ -91,6 +97,7 @@ def time_products(problem, settings: Settings) -> dict:
   seconds, _ = timed(lambda: loop(design, positions), settings.repeats)
   flops = 4 * design.size * settings.num_chains * 100
   return {
+    "shape": list(shape),
     "gradients_per_second": 100 * settings.num_chains / seconds,
     "flops_per_second": flops / seconds,
   }

@@ -3,7 +3,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import rich.console
 import rich.table
@@ -12,34 +11,25 @@ from absl import app
 from experiments import (
   flags_and_configs,
   mcmc_figures,
+  mcmc_runs,
   variance_reduction_run,
 )
-from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """Of the experiment: its rows, seed, and "float32" or "float64"."""
+class Settings(mcmc_runs.Settings):
+  """Of the experiment."""
 
   rows: tuple[variance_reduction_run.Row, ...]
-  seed: int = 0
-  dtype: str = "float64"
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  settings = flags_and_configs.to_dataclass(
-    Settings, _CONFIG.value, name="config"
-  )
-  jax.config.update("jax_enable_x64", settings.dtype == "float64")
-  workdir = records.claim_workdir(_WORKDIR.value, settings)
-  flags_and_configs.start_jax(workdir)
-  file = workdir / "records.jsonl"
-  done = {r["row"] for r in records.read(file)} if file.exists() else set()
-  writer = records.RecordWriter(file, settings)
+  settings, run = mcmc_runs.begin(Settings, _CONFIG.value, _WORKDIR.value)
+  done = {r["row"] for r in run.found()}
   for number, row in enumerate(settings.rows):
     if number not in done:
       # All lengths of a row at once: a row that was cut short starts anew.
@@ -47,11 +37,11 @@ def main(argv):
         row, seed=settings.seed, dtype=jnp.dtype(settings.dtype)
       )
       for measured in list(lengths):
-        writer.write(row=number, **dataclasses.asdict(row), **measured)
-  found = records.read(file)
+        run.writer.write(row=number, **dataclasses.asdict(row), **measured)
+  found = run.found()
   rich.console.Console(width=140).print(table(found))
-  mcmc_figures.factors(found, workdir)
-  mcmc_figures.calibration(found, workdir)
+  mcmc_figures.factors(found, run.workdir)
+  mcmc_figures.calibration(found, run.workdir)
 
 
 def table(found: list[dict]) -> rich.table.Table:

@@ -66,6 +66,7 @@ def test_sampler_throughput(tmp_path):
   found = {r["kind"]: r for r in records.read(tmp_path / "records.jsonl")}
   assert set(found) == {
     "products",
+    "products_padded",
     "gradient",
     "gi_mala",
     "gi_mala_linear",

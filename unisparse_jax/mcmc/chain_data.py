@@ -18,7 +18,9 @@ class ChainData(NamedTuple):
   step_products: np.ndarray  # [chains, kept, kept, functions]
   batch_count: np.ndarray  # [units]
   batch_mean: np.ndarray  # [units, rows, functions]
-  batch_products: np.ndarray  # [units, rows, rows, functions]
+  # Within units, summed over each half of them: thousands of chains have
+  # gigabytes of products, read once.
+  half_products: np.ndarray  # [2, rows, rows, functions]
 
   @property
   def num_terms(self):
@@ -38,8 +40,7 @@ class ChainData(NamedTuple):
 
   def halves(self):
     """Masks of the two halves of the units."""
-    first = np.arange(self.num_units) % 2 == 0
-    return [first, ~first]
+    return _halves(self.num_units)
 
   @classmethod
   def read(cls, accumulator):
@@ -73,8 +74,13 @@ class ChainData(NamedTuple):
       steps.products + steps.products_low,
       count,
       mean,
-      products,
+      np.stack([products[half].sum(0) for half in _halves(len(count))]),
     )
+
+
+def _halves(num_units):
+  first = np.arange(num_units) % 2 == 0
+  return [first, ~first]
 
 
 def split_shared(

@@ -18,6 +18,7 @@ Mira, Solgi, Imparato (2013), zero-variance MCMC, for the last and for
 `polynomial_terms`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,12 +61,16 @@ class ControlVariates(NamedTuple):
       positions: pytree, leaves [num_chains, ...]: where the chains start.
       products_of_terms: see `accumulators.init`.
     """
-    vectors = jax.vmap(lambda p: base.ravel(p)[0])(positions)
     return accumulators.init_chains(
-      jax.vmap(self.values)(vectors),
+      _values_of_chains(self.values, positions),
       self.num_terms,
       products_of_terms=products_of_terms,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values_of_chains(values, positions):
+  return jax.vmap(lambda p: values(base.ravel(p)[0]))(positions)
 
 
 def poisson_terms(

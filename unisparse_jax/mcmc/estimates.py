@@ -148,17 +148,21 @@ def estimate(
       names what would pass.
   """
   data = chain_data.ChainData.read(accumulator)
+  return _estimate(data, cv_coef, terms, cross_fit=cross_fit, mcse=mcse)
+
+
+def _estimate(data, cv_coef, terms, *, cross_fit=True, mcse=None):
   terms = _check_terms(terms, data.num_terms)
   fixed = not isinstance(cv_coef, str)
   if fixed:
-    coefs = [_check_fixed(cv_coef, len(terms), data.num_functions)]
-    members = [np.ones(data.num_units, bool)]
+    coefs = [_check_fixed(cv_coef, len(terms), data.num_functions)] * 2
   else:
     checks.check_choice("cv_coef", cv_coef, METHODS)
-    members = data.halves() if cross_fit else [np.ones(data.num_units, bool)]
-    fitted_on = [~m for m in members] if cross_fit else members
-    coefs = [_fit(data, cv_coef, terms, m) for m in fitted_on]
-  return _assemble(data, terms, coefs, members, _mcse_method(data, mcse))
+    if cross_fit:
+      coefs = [_fit(data, cv_coef, terms, (half,)) for half in (1, 0)]
+    else:
+      coefs = [_fit(data, cv_coef, terms, (0, 1))] * 2
+  return _assemble(data, terms, coefs, _mcse_method(data, mcse))
 
 
 def choose(
@@ -187,15 +191,22 @@ def choose(
   Returns:
     The choice.
   """
+  data = chain_data.ChainData.read(accumulator)
+  more_data = {
+    name: chain_data.ChainData.read(a) for name, a in (others or {}).items()
+  }
   plain_candidate = Candidate(terms=(), cv_coef=())
   everyone = {**candidates, "plain": plain_candidate}
 
   def all_of(mcse):
     found = {
-      name: estimate(accumulator, c.cv_coef, terms=c.terms, mcse=mcse)
+      name: _estimate(data, c.cv_coef, c.terms, mcse=mcse)
       for name, c in everyone.items()
     }
-    more = {name: estimate(a, mcse=mcse) for name, a in (others or {}).items()}
+    more = {
+      name: _estimate(d, BATCH_MEANS, None, mcse=mcse)
+      for name, d in more_data.items()
+    }
     return {**found, **more}
 
   estimates = all_of(mcse)
@@ -278,11 +289,13 @@ def _mcse_method(data, mcse):
   return mcse
 
 
-def _fit(data, method, terms, members):
-  """Coefficients [terms, functions] from the units in `members`."""
+def _fit(data, method, terms, halves):
+  """Coefficients [terms, functions] from the units of one half or both."""
   if not terms:
     return np.zeros((0, data.num_functions))
   rows = [0, *(t + 1 for t in terms)]
+  masks = data.halves()
+  members = np.any([masks[half] for half in halves], axis=0)
   if method == BETWEEN_CHAINS:
     num_members = int(members.sum())
     checks.require(
@@ -298,7 +311,7 @@ def _fit(data, method, terms, members):
     products = np.einsum("cip,cjp->ijp", mean, mean)
   elif method == BATCH_MEANS:
     # Within units: offsets between chains are few and say little.
-    products = data.batch_products[members][:, rows][:, :, rows].sum(0)
+    products = data.half_products[list(halves)].sum(0)[rows][:, rows]
   else:
     checks.require(
       data.step_products.shape[1] == data.step_mean.shape[1],
@@ -321,18 +334,17 @@ def _fit(data, method, terms, members):
   return chain_data.least_squares(products[1:, 1:], products[1:, 0])
 
 
-def _assemble(data, terms, coefs, members, mcse_method):
+def _assemble(data, terms, coefs, mcse_method):
+  """The estimate, each half of the units with its own coefficients."""
   rows = [0, *(t + 1 for t in terms)]
   one_chain = data.num_chains == 1
   # Coefficients of each unit: [units, terms, functions].
   unit_coef = np.zeros((data.num_units, len(terms), data.num_functions))
-  for coef, member in zip(coefs, members, strict=True):
+  for coef, member in zip(coefs, data.halves(), strict=True):
     unit_coef[member] = coef
-  weights = np.concatenate(
-    [np.ones((data.num_units, 1, data.num_functions)), -unit_coef], axis=1
-  )
   unit_mean = data.batch_mean if one_chain else data.step_mean
-  unit_means = (weights * unit_mean[:, rows]).sum(1)  # [units, functions]
+  # [units, functions]
+  unit_means = unit_mean[:, 0] - (unit_coef * unit_mean[:, rows[1:]]).sum(1)
   share = data.batch_count / data.batch_count.sum()
   mean = unit_means[0] + (share[:, None] * (unit_means - unit_means[0])).sum(0)
   plain_unit_means = unit_mean[:, 0]
@@ -340,16 +352,19 @@ def _assemble(data, terms, coefs, members, mcse_method):
     share[:, None] * (plain_unit_means - plain_unit_means[0])
   ).sum(0)
 
-  def batch_error(weights, rows):
-    products = data.batch_products[:, rows][:, :, rows]
-    spread = np.einsum("uip,uijp,ujp->p", weights, products, weights)
+  def batch_error(coefs, rows):
+    spread = np.zeros(data.num_functions)
+    for coef, products in zip(coefs, data.half_products, strict=True):
+      weights = np.concatenate([np.ones((1, data.num_functions)), -coef])
+      products = products[rows][:, rows]
+      spread += np.einsum("ip,ijp,jp->p", weights, products, weights)
     total = data.batch_count.sum()
     freedom = total - data.num_units
     return np.sqrt(np.maximum(spread, 0) / freedom / total)
 
   if mcse_method == BATCH_MEANS:
-    mcse = batch_error(weights, rows)
-    plain_mcse = batch_error(weights[:, :1], [0])
+    mcse = batch_error(coefs, rows)
+    plain_mcse = batch_error([coef[:0] for coef in coefs], [0])
     degrees = data.batch_count.sum() - data.num_units
   else:
     root = np.sqrt(data.num_chains)

@@ -324,5 +324,6 @@ def _unknown(functional: Any, proposal: Any) -> ValueError:
     "functional must have a known mean under the proposal; got "
     f"functional={type(functional).__name__}, "
     f"proposal={type(proposal).__name__}; expected a pair of the table of "
-    "expectations. Use expectations.monte_carlo, or theta = (1, 0)."
+    "expectations. Use flows.expectation for a flow, else "
+    "expectations.monte_carlo, or theta = (1, 0)."
   )

@@ -56,7 +56,7 @@ def init(position: Any, logdensity_fn: Callable) -> GIMALAState:
   return GIMALAState(position, value, grad)
 
 
-def build_kernel() -> Callable:
+def build_kernel() -> base.TwoPhase:
   """The kernel: (rng_key, state, logdensity_fn, step_size, preconditioner) ->
   (state, info).
 
@@ -69,40 +69,50 @@ def build_kernel() -> Callable:
     depends on step_size or A is kept between steps.
   """
 
-  def kernel(rng_key, state, logdensity_fn, step_size, preconditioner):
-    noise_key, accept_key = jax.random.split(rng_key)
-    x, unravel = base.ravel(state.position)
-    grad_x, _ = base.ravel(state.logdensity_grad)
-    step_size = jnp.asarray(step_size, x.dtype)
-    precond_grad_x = preconditioner.apply(grad_x)
-    proposal_mean = x + step_size * precond_grad_x
-    white = jax.random.normal(noise_key, x.shape, x.dtype)
-    noise = jnp.sqrt(step_size * (2 - step_size)) * preconditioner.root(white)
-    y = proposal_mean + noise
-    logdensity, grad_y = base.value_and_grad(logdensity_fn, y, unravel)
-    precond_grad_y = preconditioner.apply(grad_y)
+  return base.TwoPhase(_draw, _move)
 
-    def drift_gain(move, grad, precond_grad):
-      return (move - 0.5 * step_size * precond_grad) @ grad / (2 - step_size)
 
-    # Quadratic terms of both densities cancel: no solve, no determinant.
-    log_ratio = (
-      logdensity
-      - state.logdensity
-      + drift_gain(x - y, grad_y, precond_grad_y)
-      - drift_gain(y - x, grad_x, precond_grad_x)
-    )
-    accepted = base.accept_or_reject(
-      accept_key,
-      log_ratio,
-      logdensity,
-      GIMALAState(unravel(y), logdensity, unravel(grad_y)),
-      state,
-    )
-    info = GIMALAInfo(x, y, *accepted[1:], proposal_mean, precond_grad_x)
-    return accepted.state, info
+class _Noise(NamedTuple):
+  proposal: Float[Array, " dim"]
+  uniform: Float[Array, ""]
 
-  return kernel
+
+def _draw(rng_key, state, step_size, preconditioner):
+  noise_key, accept_key = jax.random.split(rng_key)
+  x, _ = base.ravel(state.position)
+  step_size = jnp.asarray(step_size, x.dtype)
+  white = jax.random.normal(noise_key, x.shape, x.dtype)
+  noise = jnp.sqrt(step_size * (2 - step_size)) * preconditioner.root(white)
+  return _Noise(noise, jax.random.uniform(accept_key, dtype=x.dtype))
+
+
+def _move(noise, state, logdensity_fn, step_size, preconditioner):
+  x, unravel = base.ravel(state.position)
+  grad_x, _ = base.ravel(state.logdensity_grad)
+  step_size = jnp.asarray(step_size, x.dtype)
+  precond_grad_x = preconditioner.apply(grad_x)
+  proposal_mean = x + step_size * precond_grad_x
+  y = proposal_mean + noise.proposal
+  logdensity, grad_y = base.value_and_grad(logdensity_fn, y, unravel)
+  # Quadratic terms of both densities cancel: no solve, no determinant. What is
+  # left is the error of the trapezoid rule for the log-density, and how far A
+  # times the change of the gradient is from minus the move; both vanish on a
+  # Gaussian of covariance A. (In rounding no better than the textbook form: at
+  # condition 1e6 in 100 dimensions and step_size 1.6 both give 1.2e-11, which
+  # is that of the gradient itself, in directions where A is large.)
+  slope, move = grad_x + grad_y, y - x
+  bend = move + preconditioner.apply(grad_y - grad_x)
+  along = move + step_size / (2 - step_size) * bend
+  log_ratio = logdensity - state.logdensity - 0.5 * (slope @ along)
+  accepted = base.accept_by(
+    noise.uniform,
+    log_ratio,
+    logdensity,
+    GIMALAState(unravel(y), logdensity, unravel(grad_y)),
+    state,
+  )
+  info = GIMALAInfo(x, y, *accepted[1:], proposal_mean, precond_grad_x)
+  return accepted.state, info
 
 
 def as_top_level_api(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mode and curvature of a log-density: where samplers start."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,6 +49,11 @@ def laplace(
   Cost: a Hessian and a Cholesky factor of it for each step, O(dim^3).
   """
   checks.check_shape("start", start, ("dim",), (None,))
+  return _newton(logdensity_fn, start, max_steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _newton(logdensity_fn, start, max_steps):
   value = logdensity_fn
   gradient = jax.grad(value)
   hessian = jax.hessian(value)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import checks, independent_blocks, proposals
+from unisparse_jax.mcmc import checks, flows, independent_blocks, proposals
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
 FORWARD, REVERSE, BOTH = "forward", "reverse", "both"
@@ -97,9 +97,16 @@ class FitSettings:
 
 
 def with_heavy_part(fitted: Any, settings: FitSettings) -> Any:
-  """The proposal that a fit stands for: mixed with its heavy-tailed part."""
+  """The proposal that a fit stands for: mixed with its heavy-tailed part.
+
+  That of a flow is mixed into its base.
+  """
   if settings.heavy_weight == 0:
     return fitted
+  if isinstance(fitted, flows.Flow):
+    return dataclasses.replace(
+      fitted, base=with_heavy_part(fitted.base, settings)
+    )
   return proposals.defensive(
     fitted,
     weight=settings.heavy_weight,

@@ -212,6 +212,7 @@ def gaussian(
   return gaussian_from_chol(mean, jnp.linalg.cholesky(covariance))
 
 
+@jax.jit
 def gaussian_from_chol(
   mean: Float[Array, " dim"], chol: Float[Array, "dim dim"]
 ) -> Gaussian:

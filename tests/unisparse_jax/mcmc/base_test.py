@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unisparse_jax.mcmc import base
+from unisparse_jax.mcmc import base, gi_mala, preconditioner
 
 
 class WalkState(NamedTuple):
@@ -119,6 +119,37 @@ def test_runs_continue_and_chains_match_a_loop():
   assert int(whole.stats.num_steps[0]) == 40
   moved = np.any(np.diff(whole.trace[0], axis=0) != 0, axis=-1).sum(0)
   assert np.all(np.abs(whole.stats.num_accepted - moved) <= 1)
+
+
+def test_drawing_ahead_changes_no_number():
+  def fn(x):
+    return -jnp.sum(jnp.cosh(x))
+
+  start = jax.jit(jax.vmap(lambda x: gi_mala.init(x, fn)))(states(3).position)
+  step = base.bind(gi_mala.build_kernel(), fn)
+  a = preconditioner.identity(2)
+
+  def run(draw_ahead):
+    return base.run_chains(
+      jax.random.key(1),
+      step,
+      start,
+      20,
+      parameters=(jnp.float32(0.8), a),
+      trace=lambda state, info: (state.position, info.acceptance_rate),
+      batch_size=10,
+      draw_ahead=draw_ahead,
+    )
+
+  one, five = run(1), run(5)
+  np.testing.assert_allclose(five.trace[0], one.trace[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(five.trace[1], one.trace[1], rtol=1e-4)
+  assert float(one.trace[1].min()) < 0.99  # coins were tossed
+  np.testing.assert_array_equal(
+    jax.random.key_data(five.rng_keys), jax.random.key_data(one.rng_keys)
+  )
+  with pytest.raises(ValueError, match=r"draw_ahead must divide batch_size"):
+    run(3)
 
 
 def test_one_program_for_every_step_size_and_length():

@@ -10,9 +10,9 @@ def x64():
     yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package", autouse=True)
 def quick_compile():
-  """Less compilation for tests of many small programs."""
+  """Less optimisation: these tests are many programs that run for moments."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)

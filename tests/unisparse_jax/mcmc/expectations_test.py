@@ -7,8 +7,6 @@ import scipy.stats
 
 from unisparse_jax.mcmc import expectations, proposals
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MEAN = np.array([0.3, -0.7])
 COVARIANCE = np.array([[0.8, 0.3], [0.3, 0.5]])
 DESIGN = np.array([[1.0, 0.2], [-0.5, 1.0], [0.3, 0.7]])

@@ -72,7 +72,7 @@ def run(sampler, target, covariance, gamma, dtype, a=None, extra=None):
   result = base.run_chains(
     jax.random.key(2),
     base.bind(_KERNELS[sampler], target.logdensity_fn),
-    jax.vmap(lambda x: sampler.init(x, target.logdensity_fn))(start),
+    jax.jit(jax.vmap(lambda x: sampler.init(x, target.logdensity_fn)))(start),
     200,
     parameters=(gamma, *more),
     collector=terms.collector,
@@ -156,7 +156,7 @@ def test_score_alone_is_exact(x64):
   result = base.run_chains(
     jax.random.key(2),
     base.bind(_KERNELS[gi_mala], target.logdensity_fn),
-    jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn))(start),
+    jax.jit(jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn)))(start),
     200,
     parameters=(gamma, a),
     collector=terms.collector,
@@ -190,7 +190,7 @@ def test_polynomials_are_exact(x64):
   result = base.run_chains(
     jax.random.key(2),
     base.bind(_KERNELS[gi_mala], target.logdensity_fn),
-    jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn))(start),
+    jax.jit(jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn)))(start),
     400,
     parameters=(gamma, a),
     collector=variates.collector,
@@ -232,7 +232,9 @@ def test_latent_gaussian_with_a_gaussian_likelihood(x64):
   result = base.run_chains(
     jax.random.key(1),
     base.bind(gi_latent_gaussian.build_kernel(), likelihood),
-    jax.vmap(lambda x: gi_latent_gaussian.init(x, likelihood, prior))(start),
+    jax.jit(jax.vmap(lambda x: gi_latent_gaussian.init(x, likelihood, prior)))(
+      start
+    ),
     200,
     parameters=(jnp.float64(0.7), prior),
     collector=terms.collector,

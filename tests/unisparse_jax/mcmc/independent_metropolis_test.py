@@ -18,8 +18,6 @@ from unisparse_jax.mcmc import (
 )
 from unisparse_jax.mcmc import independent_metropolis as sampler
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KERNEL = sampler.build_kernel()
 
 
@@ -204,7 +202,9 @@ def test_shifted_gaussian_beats_independent_draws(x64, shift, at_least):
   """Median over the coordinates, of which one is shifted."""
   proposal = proposals.gaussian(np.array([shift, 0, 0]), np.eye(3))
   start = jax.random.normal(jax.random.key(0), (400, 3))
-  state = jax.vmap(lambda x: sampler.init(x, standard_normal, proposal))(start)
+  state = jax.jit(
+    jax.vmap(lambda x: sampler.init(x, standard_normal, proposal))
+  )(start)
   run = independent_blocks.run_chains(
     jax.random.key(1), standard_normal, proposal, state, 1000
   )
@@ -290,7 +290,7 @@ def test_step_by_step_gives_the_same_answer(x64):
   proposal = wide(2, variance=6.0)
   functional = expectations.means_and_squares(2)
   exact = expectations.expectation(functional, proposal)
-  state = jax.vmap(lambda x: sampler.init(x, light_tailed, proposal))(
+  state = jax.jit(jax.vmap(lambda x: sampler.init(x, light_tailed, proposal)))(
     jax.random.normal(jax.random.key(0), (100, 2))
   )
   centres = jnp.broadcast_to(exact, (100, 4))
@@ -377,7 +377,7 @@ def test_non_finite_densities_are_never_entered(x64):
     return jnp.where(x[0] > -1, skewed(x), bad)
 
   proposal = wide(1)
-  state = jax.vmap(lambda x: sampler.init(x, logdensity_fn, proposal))(
+  state = jax.jit(jax.vmap(lambda x: sampler.init(x, logdensity_fn, proposal)))(
     jnp.zeros((20, 1))
   )
   run = independent_blocks.run_chains(
@@ -425,7 +425,7 @@ def test_values_do_not_compile_again(x64):
 
 def test_bad_arguments():
   proposal = wide()
-  state = jax.vmap(lambda x: sampler.init(x, skewed, proposal))(
+  state = jax.jit(jax.vmap(lambda x: sampler.init(x, skewed, proposal)))(
     jnp.zeros((2, 1))
   )
   key = jax.random.key(0)

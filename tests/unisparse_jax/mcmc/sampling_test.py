@@ -27,7 +27,7 @@ def arguments(seed=0, num_steps=200, step_size=0.8):
   return dict(
     rng_key=jax.random.key(seed),
     step=STEP,
-    state=jax.vmap(lambda x: gi_mala.init(x, forced.curved))(start),
+    state=jax.jit(jax.vmap(lambda x: gi_mala.init(x, forced.curved)))(start),
     num_steps=num_steps,
     parameters=(gamma, a),
     collector=VARIATES.collector,
