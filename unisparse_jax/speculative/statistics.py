@@ -11,7 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
+
+from unisparse_jax.speculative import policy as policy_lib
+from unisparse_jax.speculative import tree
 
 INT_FIELDS = (
   "accept_len",  # accepted draft tokens, before a cut by EOS or the limit
@@ -86,6 +90,66 @@ class StepLog:
       ints=jnp.full((*shape, len(INT_FIELDS)), -1, jnp.int32),
       floats=jnp.zeros((*shape, len(FLOAT_FIELDS)), jnp.float32),
       num_steps=jnp.int32(0),
+      trees=trees,
+    )
+
+  def append(
+    self,
+    outcome: policy_lib.Outcome,
+    *,
+    draft: tree.DraftTree,
+    num_nodes: Int[Array, " batch"],
+    bucket_size: Int[Array, ""],
+    path: Int[Array, "batch max_path"],
+    score: Float[Array, " batch"],
+  ) -> "StepLog":
+    """The log with one more step.
+
+    Args:
+      outcome: of the step.
+      draft: the tree before the policy's cut.
+      num_nodes: nodes verified in each row, root included.
+      bucket_size: nodes that the compiled pass had.
+      path: accepted nodes, see `verification.Acceptance`.
+      score: of the best path.
+    """
+    active = outcome.active[:, None]
+    rows = outcome.accept_len
+    index = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)[None, :]
+    is_verified = draft.valid & (index < num_nodes[:, None])
+    ints = dict(
+      accept_len=outcome.accept_len,
+      num_emitted=outcome.num_emitted,
+      nodes=num_nodes,
+      bucket=jnp.broadcast_to(bucket_size, rows.shape),
+      bin=outcome.decision.bin,
+      terminal_rank=path[:, -1],
+      depth=jnp.max(jnp.where(is_verified, draft.depths, 0), axis=-1),
+      draft_levels=jnp.broadcast_to(outcome.draft_levels, rows.shape),
+    )
+    assert tuple(ints) == INT_FIELDS, "the layout of the log"
+    floats = jnp.stack([outcome.evidence_entropy, score], axis=-1)
+
+    def write(buffer, values):
+      values = values.astype(buffer.dtype)[None]
+      start = (self.num_steps, *(0,) * (buffer.ndim - 1))
+      return lax.dynamic_update_slice(buffer, values, start)
+
+    trees = self.trees
+    if trees is not None:
+      depth = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
+      on_path = (depth <= outcome.accept_len[:, None]) & active
+      trees = TreeLog(
+        parents=write(trees.parents, draft.parents),
+        depths=write(trees.depths, jnp.where(draft.valid, draft.depths, -1)),
+        scores=write(trees.scores, draft.scores),
+        path=write(trees.path, jnp.where(on_path, path, -1)),
+      )
+    table = jnp.stack(list(ints.values()), axis=-1)
+    return StepLog(
+      ints=write(self.ints, jnp.where(active, table, -1)),
+      floats=write(self.floats, floats),
+      num_steps=self.num_steps + 1,
       trees=trees,
     )
 
