@@ -5,7 +5,6 @@ result = generate(target, PromptLookup(), tokens, max_new_tokens=256)
 statistics.summarize(result.log)
 """
 
-from unisparse_jax.speculative import statistics as statistics
 from unisparse_jax.speculative.drafters.base import Committed as Committed
 from unisparse_jax.speculative.drafters.base import Context as Context
 from unisparse_jax.speculative.drafters.base import Draft as Draft
@@ -24,10 +23,12 @@ from unisparse_jax.speculative.drafters.lookup import (
 from unisparse_jax.speculative.drafters.small_decoder import (
   SmallDecoder as SmallDecoder,
 )
+from unisparse_jax.speculative.gated import Gated as Gated
 from unisparse_jax.speculative.generate import Result as Result
 from unisparse_jax.speculative.generate import Session as Session
 from unisparse_jax.speculative.generate import generate as generate
 from unisparse_jax.speculative.generate import prepare as prepare
+from unisparse_jax.speculative.oracle import Oracle as Oracle
 from unisparse_jax.speculative.policy import Decision as Decision
 from unisparse_jax.speculative.policy import Evidence as Evidence
 from unisparse_jax.speculative.policy import Fixed as Fixed
@@ -36,6 +37,7 @@ from unisparse_jax.speculative.policy import Outcome as Outcome
 from unisparse_jax.speculative.policy import Policy as Policy
 from unisparse_jax.speculative.policy import StatelessPolicy as StatelessPolicy
 from unisparse_jax.speculative.statistics import StepLog as StepLog
+from unisparse_jax.speculative.statistics import summarize as summarize
 from unisparse_jax.speculative.tree import DraftTree as DraftTree
 from unisparse_jax.speculative.tree import Pool as Pool
 from unisparse_jax.speculative.tree import TreeShape as TreeShape

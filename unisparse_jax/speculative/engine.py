@@ -159,6 +159,7 @@ def prefill(
       max_nodes=shape.max_nodes,
       max_depth=shape.max_depth,
       with_trees=settings.log_trees,
+      is_packed=bool(shape.packed),
     ),
   )
 
