@@ -93,13 +93,16 @@ def tiny():
   return conftest.make_model(3, config, factor=6.0)
 
 
+_forward = jax.jit(lambda model, tokens: model(tokens))
+
+
 def enumerate_sequences(model, prompt, sampler):
   """Probability of each of the VOCAB ** HORIZON continuations."""
   sequences = np.asarray(list(itertools.product(range(VOCAB), repeat=HORIZON)))
   rows = np.concatenate(
     [np.tile(prompt, (len(sequences), 1)), sequences], axis=1
   )
-  logits, _ = model(jnp.asarray(rows, jnp.int32))
+  logits, _ = _forward(model, rows.astype(np.int32))
   p = np.asarray(sampler.probabilities(logits), np.float64)
   first = len(prompt) - 1
   total = np.ones(len(sequences))
