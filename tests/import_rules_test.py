@@ -12,6 +12,11 @@ ALLOWED = {
   "unisparse_jax.tasks": (),
   "unisparse_jax.data": ("unisparse_jax.tasks",),
   "unisparse_jax.models": ("pallas_kernels", "unisparse_jax.attention"),
+  "unisparse_jax.speculative": (
+    "pallas_kernels",
+    "unisparse_jax.attention",
+    "unisparse_jax.models",
+  ),
   "unisparse_jax.training": (
     "pallas_kernels",
     "unisparse_jax.attention",
