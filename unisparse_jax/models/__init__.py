@@ -18,6 +18,7 @@ from unisparse_jax.models.sampling import Sampler as Sampler
 from unisparse_jax.models.sampling import Temperature as Temperature
 from unisparse_jax.models.sampling import TopK as TopK
 from unisparse_jax.models.sampling import TopP as TopP
+from unisparse_jax.models.taps import hidden_and_taps as hidden_and_taps
 
 load_hf = hf_import.load
 load_hf_config = hf_import.load_config
