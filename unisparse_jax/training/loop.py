@@ -166,12 +166,14 @@ class _Run:
       config.total_steps, step=self._step, enabled=show_progress
     )
     stack.callback(self._progress.close)
+    self._clock = _Clock(config, self._schedule)
+    self._make_source = make_source
     self._batches: Any = None
     if self._step < config.total_steps:
       self._batches = input_pipeline.BatchIterator(
         config, make_source, step=self._step, state=data_state
       )
-      stack.callback(self._batches.close)
+    stack.callback(lambda: self._batches and self._batches.close())
     self._train_step = jax.jit(
       train_step.make_train_step(
         self._graphdef,
@@ -198,17 +200,24 @@ class _Run:
         break
       if (
         config.max_seconds is not None
+        and not config.fit_budget
         and self._step > first  # every call gets on by a step at least
         and time.monotonic() - start > config.max_seconds
       ):
         reason = "max_seconds"
         break
+      if config.fit_budget and self._leave_stage():
+        continue
       batch = next(self._batches)
+      if config.fit_budget:
+        rate = self._clock.learning_rate(self._step)
+        batch = {**batch, "update_scale": np.float32(rate)}
       if config.stage_of(self._step) != stage_index:
         stage_index = config.stage_of(self._step)
         compiled = self._compile(stage_index, batch)
       self._state, values = compiled(self._state, batch)
       self._step += 1
+      self._clock.start()
       self._pending.append((self._step, values))
       self._drain(_STEPS_AHEAD)
       if self._step % config.checkpoint_every == 0:
@@ -229,6 +238,27 @@ class _Run:
       seconds=time.monotonic() - start,
       evaluation=self._last_evaluation and self._last_evaluation[1],
     )
+
+  def _leave_stage(self) -> bool:
+    """Jumps to the next stage's first step once this one's time is up."""
+    config = self._config
+    stage_index = config.stage_of(self._step)
+    end = config.first_step(stage_index + 1)
+    share = config.tokens_after(end) / config.total_tokens
+    if self._clock.share() < share:
+      return False
+    self._progress.note(
+      f"stage {stage_index} ends at step {self._step} of {end}: its time is up"
+    )
+    self._drain(0)
+    self._batches.close()
+    self._batches = None
+    self._step = end
+    if end < config.total_steps:
+      self._batches = input_pipeline.BatchIterator(
+        config, self._make_source, step=end
+      )
+    return True
 
   def _compile(self, stage_index: int, batch):
     self._drain(0)
@@ -269,7 +299,7 @@ class _Run:
       "seq_len": stage.seq_len,
       "tokens": config.tokens_after(step),
       **self._interval.means(),
-      "learning_rate": float(self._schedule(jnp.int32(step - 1))),
+      "learning_rate": self._clock.learning_rate(step - 1),
       "tokens_per_s": self._rate,
       "seconds_left": left / self._rate,
     }
@@ -281,9 +311,8 @@ class _Run:
     if self._saved_step == self._step:
       return
     self._drain(0)  # a step whose loss is not finite is never saved
-    self._checkpoints.save(
-      self._step, self._state, {"data": self._batches.get_state()}
-    )
+    data_state = self._batches.get_state() if self._batches else None
+    self._checkpoints.save(self._step, self._state, {"data": data_state})
     self._saved_step = self._step
     self._interval.restart_clock()
 
@@ -310,3 +339,38 @@ class _Run:
     # A copy: the step donates the arrays it is given.
     params = jax.tree.map(jnp.copy, self._state["params"])
     return nnx.merge(self._graphdef, nnx.State(params))
+
+
+class _Clock:
+  """How far a run is, by tokens and, with `fit_budget`, by time."""
+
+  def __init__(self, config: config_lib.TrainConfig, schedule):
+    self._config = config
+    # All at once: asking the device at every step would wait for the steps
+    # that are under way.
+    steps = jnp.arange(config.total_steps, dtype=jnp.int32)
+    self._rates = np.asarray(jax.vmap(schedule)(steps), np.float64)
+    self._opened = time.monotonic()
+    self._started: float | None = None
+
+  def start(self):
+    """Called after each step: time counts from the end of the first."""
+    if self._started is None:
+      self._started = time.monotonic()
+
+  def share(self) -> float:
+    """Share of the time budget that is used up, from 0; 0 without one."""
+    config = self._config
+    if not config.fit_budget or self._started is None:
+      return 0.0
+    assert config.max_seconds is not None, "checked by TrainConfig"
+    budget = config.max_seconds - (self._started - self._opened)
+    return (time.monotonic() - self._started) / max(budget, 1e-6)
+
+  def learning_rate(self, step: int) -> float:
+    """Of a step, counted from 0; the warm-up goes by steps alone."""
+    config = self._config
+    due = step
+    if step >= config.warmup_steps:
+      due = max(step, int(min(self.share(), 1.0) * config.total_steps))
+    return float(self._rates[min(due, config.total_steps - 1)])

@@ -43,8 +43,11 @@ def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
 def make_optimizer(
   config: config_lib.TrainConfig,
 ) -> optax.GradientTransformation:
-  """Clipping, then AdamW or Muon, with the schedule inside."""
-  schedule = make_schedule(config)
+  """Clipping, then AdamW or Muon, with the schedule inside.
+
+  With `fit_budget` the learning rate inside is 1: `train_step` scales updates.
+  """
+  schedule = 1.0 if config.fit_budget else make_schedule(config)
   if config.optimizer == "adamw":
     update = optax.adamw(
       schedule,
