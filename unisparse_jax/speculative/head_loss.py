@@ -61,7 +61,8 @@ def unrolled_loss(
 
   Returns:
     The scalar loss, and arrays of sums: METRICS [num_steps] each, and
-    "confidence", "accuracy" and "count" [num_steps, NUM_BINS] by confidence.
+    "confidence", "accuracy", "accepted" (the target's probability of the head's
+    likeliest token) and "count" [num_steps, NUM_BINS] by confidence.
   """
   features = head.fused(taps)
   losses, sums = [], []
@@ -103,7 +104,8 @@ def summarise(sums) -> dict[str, float | list[float]]:
     expected acceptance of a sampled chain; "chain_accept", the chance that a
     drafted token is accepted given that all before it were. Scalars: "tau",
     tokens per target call of a greedy chain of num_steps, bonus included;
-    "ece", the expected calibration error of step 0, and "ece_all".
+    "ece", the expected calibration error of step 0 where acceptance is greedy,
+    "ece_all" of all steps, and "ece_sampled" where the target samples.
   """
   weight = [max(float(w), 1e-9) for w in sums["weight"]]
 
@@ -123,16 +125,19 @@ def summarise(sums) -> dict[str, float | list[float]]:
     "tau": 1.0 + sum(chain),
     "ece": calibration_error(sums, steps=[0]),
     "ece_all": calibration_error(sums, steps=range(len(chain))),
+    "ece_sampled": calibration_error(sums, steps=[0], outcome="accepted"),
   }
 
 
-def calibration_error(sums, steps: Sequence[int]) -> float:
-  """Mean over tokens of |confidence - accuracy| of their confidence bin."""
+def calibration_error(
+  sums, steps: Sequence[int], outcome: str = "accuracy"
+) -> float:
+  """Mean over tokens of |confidence - outcome| of their confidence bin."""
   count, gap = 0.0, 0.0
   for index in range(NUM_BINS):
     count += sum(float(sums["count"][s][index]) for s in steps)
     confidence = sum(float(sums["confidence"][s][index]) for s in steps)
-    accuracy = sum(float(sums["accuracy"][s][index]) for s in steps)
+    accuracy = sum(float(sums[outcome][s][index]) for s in steps)
     gap += abs(confidence - accuracy)
   return gap / count if count else 0.0
 
@@ -237,6 +242,9 @@ def _score(target_logits, head, states, written, top_k: int, step: int):
     "chain": total(alive),
     "confidence": binned(confidence),
     "accuracy": binned(is_right),
+    "accepted": binned(
+      jnp.take_along_axis(p, best[..., None], axis=-1)[..., 0]
+    ),
     "count": binned(jnp.ones_like(confidence)),
   }
   return mean, jax.lax.stop_gradient(sums), alive

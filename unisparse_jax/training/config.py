@@ -191,9 +191,7 @@ def check_count(name: str, value, *, least: int):
     )
 
 
-def check_number(
-  name, value, *, above=None, least=None, below=None, most=None
-):
+def check_number(name, value, *, above=None, least=None, below=None, most=None):
   """Raises ValueError unless `value` is finite and within the limits."""
   limits = (
     ("> ", above, lambda v, limit: v > limit),

@@ -34,10 +34,10 @@ def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
       [total - warmup - decay],
     )
   if not warmup:
-    return _standard_promotion(after)
+    return standard_promotion(after)
   # Step 0 already moves: the warm-up starts at peak / warmup, not at 0.
   ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-  return _standard_promotion(optax.join_schedules([ramp, after], [warmup]))
+  return standard_promotion(optax.join_schedules([ramp, after], [warmup]))
 
 
 def make_optimizer(
@@ -77,11 +77,11 @@ def make_optimizer(
     )
   chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
   return optax.GradientTransformation(
-    _standard_promotion(chain.init), _standard_promotion(chain.update)
+    standard_promotion(chain.init), standard_promotion(chain.update)
   )
 
 
-def _standard_promotion(fn):
+def standard_promotion(fn):
   """optax mixes dtypes freely: its code cannot run under strict promotion."""
 
   @functools.wraps(fn)

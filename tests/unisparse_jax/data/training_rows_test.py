@@ -193,13 +193,13 @@ def test_mixture_is_hashable_and_complete():
   assert hash(mixture) == hash(training_rows.Mixture())
   names = {field.name for field in dataclasses.fields(mixture)}
   assert names == {
-        "code",
-        *tasks.TASKS,
-        *domains.TEXTS,
-        "full_row",
-        "stdlib",
-        "answer_weight",
-      }
+    "code",
+    *tasks.TASKS,
+    *domains.TEXTS,
+    "full_row",
+    "stdlib",
+    "answer_weight",
+  }
   weights = mixture.weights()
   assert 0.25 < weights["code"] / sum(weights.values()) < 0.4
 
