@@ -23,6 +23,7 @@ _LOG = logging.getLogger("experiments.train_draft_head")
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _SECTIONS = ("target", "corpus", "texts", "head", "train")
 _TEXTS_KEYS = ("groups", "seed", "temperatures", "max_seconds", "num_processes")
+_RUN_CONTROL = training.head_config.RUN_CONTROL_FIELDS
 _FREE = ("texts.max_seconds", "texts.num_processes")
 
 
@@ -57,7 +58,10 @@ def main(argv):
   workdir = records.claim_workdir(
     _WORKDIR.value,
     {**config, "target_sha256": long_context_config.weights_hash(folder)},
-    free=[*_FREE, *(f"train.{n}" for n in training.HEAD_RUN_CONTROL_FIELDS)],
+    free=[
+      *_FREE,
+      *(f"train.{n}" for n in training.head_config.RUN_CONTROL_FIELDS),
+    ],
   )
   flags_and_configs.start_jax(workdir)
   dtype = jnp.dtype(train_config.dtype)

@@ -35,11 +35,11 @@ def get_config():
     ),
     seed=0,
     learning_rate=1.2e-3,
-    warmup_steps=60,
+    warmup_steps=100,
     schedule="wsd",
     decay_fraction=0.35,
     final_lr_fraction=0.03,
-    optimizer="muon",
+    optimizer="adamw",
     weight_decay=0.1,
     z_loss=1e-5,
     dtype="bfloat16",
@@ -54,7 +54,11 @@ def get_config():
   )
   config.data = dict(
     seed=0,
-    packages=("torch", "transformers", "jax", "scipy", "sklearn", "sympy"),
+    packages=(
+      *("torch", "transformers", "jax", "scipy", "sklearn", "sympy", "pandas"),
+      *("numpy", "numba", "networkx", "statsmodels", "matplotlib", "skimage"),
+      *("flax", "optax", "timm", "peft", "accelerate", "botorch", "gpytorch"),
+    ),
     extra_directories=(),
     mixture=dict(
       code=5.0,

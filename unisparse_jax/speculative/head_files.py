@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft head as a folder: weights as safetensors, settings as JSON."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `train(TrainConfig(...), DecoderConfig(...), make_source, dir)`."""
 
+from unisparse_jax.training import head_config as head_config
 from unisparse_jax.training.checkpoints import Checkpoints as Checkpoints
 from unisparse_jax.training.config import (
   RUN_CONTROL_FIELDS as RUN_CONTROL_FIELDS,
@@ -14,9 +15,6 @@ from unisparse_jax.training.evaluation import (
 from unisparse_jax.training.evaluation import position_edges as position_edges
 from unisparse_jax.training.evaluation import unigram_entropy as unigram_entropy
 from unisparse_jax.training.export import export as export
-from unisparse_jax.training.head_config import (
-  RUN_CONTROL_FIELDS as HEAD_RUN_CONTROL_FIELDS,
-)
 from unisparse_jax.training.head_config import (
   HeadTrainConfig as HeadTrainConfig,
 )
