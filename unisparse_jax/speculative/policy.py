@@ -165,7 +165,7 @@ class Fixed(StatelessPolicy):
   nodes: Int[Array, ""] | int
 
   def check(self, shape: tree.TreeShape):
-    _check_table(np.asarray(self.depth), np.asarray(self.nodes), shape)
+    check_table(np.asarray(self.depth), np.asarray(self.nodes), shape)
 
   def decide(self, state, evidence):
     del state
@@ -303,7 +303,7 @@ class HeteroSpec(StatelessPolicy):
         getattr(self, name),
         f"{name}={getattr(shape, name)}, or a policy fitted for this shape",
       )
-    _check_table(np.asarray(self.depth), np.asarray(self.nodes), shape)
+    check_table(np.asarray(self.depth), np.asarray(self.nodes), shape)
 
   def decide(self, state, evidence):
     del state
@@ -313,7 +313,7 @@ class HeteroSpec(StatelessPolicy):
     return Decision(depth=self.depth[index], nodes=self.nodes[index], bin=index)
 
 
-def _check_table(depth: np.ndarray, nodes: np.ndarray, shape: tree.TreeShape):
+def check_table(depth: np.ndarray, nodes: np.ndarray, shape: tree.TreeShape):
   checks.require(
     bool(np.all(depth <= shape.max_depth)),
     "depth",

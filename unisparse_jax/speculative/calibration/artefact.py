@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calibrated policy as a JSON file that knows the drafter it was fitted for."""
+"""A calibrated policy as a JSON file that knows its drafter."""
 
 import dataclasses
 import json
