@@ -163,7 +163,6 @@ class GuardState:
     inner: of the policy that is guarded.
     tokens: float32 scalar, discounted tokens of a row in a drafting step.
     time_ms: float32 scalar, discounted time of a drafting step.
-    active: bool [batch], rows that took part in the last step.
   """
 
   inner: Any

@@ -20,13 +20,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax import models
 from unisparse_jax.models import layers, rope, taps
-
-_MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,22 +76,6 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
   if num_layers < 8:
     return (min(1, num_layers - 1), num_layers // 2, num_layers - 1)
   return (2, num_layers // 2, num_layers - 3)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keys:
-  """Keys and values that a block of slots may attend to.
-
-  Attributes:
-    k: [batch, kv_len, num_kv_heads, head_dim], after RoPE.
-    v: as k.
-    mask: [batch, q_len or 1, kv_len]; whether a query sees a key.
-  """
-
-  k: Float[Array, "batch kv_len num_kv_heads head_dim"]
-  v: Float[Array, "batch kv_len num_kv_heads head_dim"]
-  mask: Bool[Array, "batch _ kv_len"]
 
 
 class EagleHead(nnx.Module):
@@ -263,64 +245,3 @@ class EagleHead(nnx.Module):
       attended.reshape(batch, q_len, -1)
     )
     return out + self.mlp(self.mlp_norm(out))
-
-  def __call__(
-    self,
-    tokens: Int[Array, "batch q_len"],
-    features: Float[Array, "batch q_len embed_dim"],
-    positions: Int[Array, "batch q_len"],
-    *,
-    earlier: tuple[Keys, ...] = (),
-    block_mask: Bool[Array, "batch q_len q_len"],
-  ) -> tuple[Float[Array, "batch q_len embed_dim"], Array, Array]:
-    """One block of slots that attends to earlier keys and to itself.
-
-    Args:
-      tokens: see `project`; features and positions too.
-      features: see `project`.
-      positions: see `project`.
-      earlier: keys of slots before this block.
-      block_mask: whether a slot of the block sees another one.
-
-    Returns:
-      The layer's output, and the block's own keys and values.
-    """
-    q, k, v = self.project(tokens, features, positions)
-    groups = (*earlier, Keys(k=k, v=v, mask=block_mask))
-    return self.finish(features, attend(q, groups)), k, v
-
-
-def attend(
-  q: Float[Array, "batch q_len num_heads head_dim"], groups: tuple[Keys, ...]
-) -> Float[Array, "batch q_len num_heads head_dim"]:
-  """Softmax attention over several groups of keys at once, float32 inside."""
-  batch, q_len, num_heads, head_dim = q.shape
-  num_kv_heads = groups[0].k.shape[2]
-  # [batch, q_len, num_kv_heads, group, head_dim]
-  q = q.reshape(batch, q_len, num_kv_heads, -1, head_dim)
-  scores = []
-  for keys in groups:
-    part = jnp.einsum(
-      "bqhgd,bkhd->bhgqk",
-      q,
-      keys.k.astype(q.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    mask = keys.mask[:, None, None]
-    scores.append(
-      jnp.where(mask, part * jnp.float32(head_dim**-0.5), jnp.float32(_MASKED))
-    )
-  sizes = [part.shape[-1] for part in scores]
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-  start, total = 0, None
-  for keys, size in zip(groups, sizes, strict=True):
-    part = jnp.einsum(
-      "bhgqk,bkhd->bqhgd",
-      weights[..., start : start + size].astype(q.dtype),
-      keys.v.astype(q.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    total = part if total is None else total + part
-    start += size
-  assert total is not None, "there is always the block itself"
-  return total.astype(q.dtype).reshape(batch, q_len, num_heads, head_dim)

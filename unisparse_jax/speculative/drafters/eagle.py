@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
+from unisparse_jax import attention
 from unisparse_jax.speculative import eagle_head, tree
 from unisparse_jax.speculative.drafters import base, by_level
 
@@ -26,14 +27,15 @@ class EagleState:
   """What the head keeps of the tokens that the target has taken.
 
   Attributes:
-    k: [batch, capacity, num_kv_heads, head_dim]; slot i belongs to position i.
+    k: [batch, num_kv_heads, capacity, head_dim], as `attention.tree_attention`
+      reads it; slot i belongs to position i.
     v: as k.
     lengths: int32 [batch], valid slots.
     out: [batch, embed_dim], the head's output at the last valid slot.
   """
 
-  k: Float[Array, "batch capacity num_kv_heads head_dim"]
-  v: Float[Array, "batch capacity num_kv_heads head_dim"]
+  k: Float[Array, "batch num_kv_heads capacity head_dim"]
+  v: Float[Array, "batch num_kv_heads capacity head_dim"]
   lengths: Int[Array, " batch"]
   out: Float[Array, "batch embed_dim"]
 
@@ -96,7 +98,7 @@ class Eagle(by_level.LevelDrafter):
   def init(self, target: Any, *, batch: int, capacity: int) -> EagleState:
     del target
     config, dtype = self.head.config.target, self.head.dtype
-    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     return EagleState(
       k=jnp.zeros(shape, dtype),
       v=jnp.zeros(shape, dtype),
@@ -120,45 +122,38 @@ class Eagle(by_level.LevelDrafter):
     batch, n = committed.next_tokens.shape
     steps = jnp.arange(n, dtype=jnp.int32)
     positions = committed.start[:, None] + steps[None, :]
+    q, k, v = head.project(committed.next_tokens, features, positions)
     if is_prefill:
-      q, k, v = head.project(committed.next_tokens, features, positions)
       attended = attention_fn(
         q, k, v, causal=True, scale=None, q_offset=0, kv_len=counts
       )
-      out = head.finish(features, attended)
-      start = (0, 0, 0, 0)
-      new_k = jax.lax.dynamic_update_slice(
-        state.k, k.astype(state.k.dtype), start
-      )
-      new_v = jax.lax.dynamic_update_slice(
-        state.v, v.astype(state.v.dtype), start
-      )
     else:
       causal = steps[None, :, None] >= steps[None, None, :]
-      out, k, v = head(
-        committed.next_tokens,
-        features,
-        positions,
-        earlier=(self._cached(state),),
-        block_mask=jnp.broadcast_to(causal, (batch, n, n)),
+      attended = attention.tree_attention(
+        q,
+        state.k,
+        state.v,
+        state.lengths,
+        k,
+        v,
+        jnp.broadcast_to(causal, (batch, n, n)),
       )
-      slots = state.lengths[:, None] + steps[None, :]
-      # Past the end: entries that are junk are dropped.
-      slots = jnp.where(
-        steps[None, :] < counts[:, None], slots, state.k.shape[1]
-      )
-      rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    out = head.finish(features, attended)
+    slots = state.lengths[:, None] + steps[None, :]
+    # Entries that are junk go past the end, where writes are dropped.
+    slots = jnp.where(steps[None, :] < counts[:, None], slots, state.k.shape[2])
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
-      def write(buffer, new):
-        new = new.astype(buffer.dtype)
-        return buffer.at[rows, slots].set(new, mode="drop")
+    def write(buffer, new):
+      # Two index arrays around a slice: [batch, n, num_kv_heads, head_dim].
+      new = new.astype(buffer.dtype)
+      return buffer.at[rows, :, slots].set(new, mode="drop")
 
-      new_k, new_v = write(state.k, k), write(state.v, v)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_out = jnp.take_along_axis(out, last, axis=1)[:, 0]
     return EagleState(
-      k=new_k,
-      v=new_v,
+      k=write(state.k, k),
+      v=write(state.v, v),
       lengths=state.lengths + counts,
       out=jnp.where((counts > 0)[:, None], last_out, state.out),
     )
@@ -174,7 +169,7 @@ class Eagle(by_level.LevelDrafter):
     tokens, log_probs = base.top_children(
       self.head.logits(state.out), shape.width
     )
-    batch, _, num_kv_heads, head_dim = state.k.shape
+    batch, num_kv_heads, _, head_dim = state.k.shape
     slots = (batch, shape.num_slots, num_kv_heads, head_dim)
     features = self.head.feedback(state.out)[:, None]
     scratch = Scratch(
@@ -211,19 +206,16 @@ class Eagle(by_level.LevelDrafter):
       return jax.lax.dynamic_update_slice(buffer, new, (0, first, 0, 0))
 
     new_k, new_v = write(scratch.k, k), write(scratch.v, v)
-    attended = eagle_head.attend(
+    attended = attention.tree_attention(
       q,
-      (
-        self._cached(state),
-        eagle_head.Keys(k=new_k, v=new_v, mask=frontier.visible),
-      ),
+      state.k,
+      state.v,
+      state.lengths,
+      new_k,
+      new_v,
+      frontier.visible,
     )
     out = head.finish(features, attended)
     tokens, log_probs = base.top_children(head.logits(out), width)
     scratch = Scratch(k=new_k, v=new_v, features=head.feedback(out))
     return tokens, log_probs, scratch
-
-  def _cached(self, state: EagleState) -> eagle_head.Keys:
-    index = jnp.arange(state.k.shape[1], dtype=jnp.int32)[None, None, :]
-    mask = index < state.lengths[:, None, None]
-    return eagle_head.Keys(k=state.k, v=state.v, mask=mask)
