@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target, drafters, prompts and one timed call, for all of speculation."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import (
+  flags_and_configs,
+  long_context_config,
+  own_text_data,
+)
+from experiments import speculation_config as config_lib
+from unisparse_jax import data, models, speculative
+from unisparse_jax.data import domains
+from unisparse_jax.speculative import head_files
+from unisparse_jax.speculative.drafters import base, eagle, ngram, suffix
+
+EAGLE = "eagle"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """What one batch brought.
+
+  Attributes:
+    tokens: int32 [batch, new_tokens].
+    seconds: of decoding, prefill apart.
+    prefill_seconds: until the first token is there.
+    log: `speculative.statistics.StepLog`; None for plain decoding.
+  """
+
+  tokens: np.ndarray
+  seconds: float
+  prefill_seconds: float
+  log: Any
+
+
+class Setup:
+  """Holds the models of a config, loaded when first used."""
+
+  def __init__(
+    self, config: config_lib.SpeculationConfig, workdir: pathlib.Path
+  ):
+    self.config = config
+    self.folder = long_context_config.model_folder(config.target)
+    self._workdir = workdir
+
+  @functools.cached_property
+  def corpus(self) -> data.CodeCorpus:
+    """The held-out split."""
+    tokenizer = data.Tokenizer.load(self.folder / "tokenizer.json")
+    path = pathlib.Path(self.config.corpus or self._workdir / "corpus")
+    if not self.config.corpus:
+      data.build_cache(path, tokenizer)
+    corpus = data.CodeCorpus(path, "held_out")
+    if corpus.tokenizer.to_json() != tokenizer.to_json():
+      raise ValueError(
+        "config.corpus must be tokenised as the target reads; got "
+        f"corpus={self.config.corpus!r}, whose tokenizer is another one."
+      )
+    return corpus
+
+  @functools.cache  # noqa: B019: one per process
+  def target(self, dtype: str) -> models.Decoder:
+    """The decoder."""
+    return models.load_hf(self.folder, dtype=jnp.dtype(dtype))
+
+  @functools.cache  # noqa: B019
+  def drafter(self, name: str, dtype: str) -> Any:
+    """A drafter by name: "eagle", "ngram" or "suffix"."""
+    if name == "ngram":
+      return ngram.NGram()
+    if name == "suffix":
+      return suffix.Suffix()
+    head = head_files.load_head(
+      config_lib.head_folder(self.config.head),
+      self.target(dtype).config,
+      dtype=jnp.dtype(dtype),
+    )
+    return eagle.Eagle(head=head)
+
+  @functools.cached_property
+  def drafter_hash(self) -> str:
+    """Of the head as it drafts where time is measured."""
+    return base.fingerprint(self.drafter(EAGLE, self.config.dtype))
+
+  def prompts(self, domain: str, *, count: int, use: str) -> list[np.ndarray]:
+    """Prompts of a domain; those for another use are other ones.
+
+    Args:
+      domain: of `data.domains.DOMAINS`.
+      count: how many; the first ones do not depend on it.
+      use: such as "measure" or "calibrate".
+    """
+    size = self.config.short_prompt
+    if domain == "long_context":
+      size = self.config.prompt_len
+    seed = hashlib.sha256(f"{self.config.seed} {use} {domain}".encode())
+    return own_text_data.make_prompts(
+      self.corpus,
+      [domain] * count,
+      [size] * count,
+      int.from_bytes(seed.digest()[:4], "little"),
+      num_processes=1,
+    )
+
+  def padded(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens int32 [batch, prompt_len] and lengths int32 [batch]."""
+    tokens = np.zeros((len(prompts), self.config.prompt_len), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    return tokens, lengths
+
+  def keys(self, domain: str, first: int, count: int) -> jax.Array:
+    """One key a request, whatever batch it is decoded in."""
+    number = domains.DOMAINS.index(domain)
+    root = jax.random.fold_in(jax.random.key(self.config.seed), number)
+    rows = jnp.arange(first, first + count, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, rows)
+
+  def call(
+    self,
+    *,
+    drafter: str | None,
+    policy: Any,
+    shape: Any,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    keys: jax.Array,
+    temperature: float,
+    new_tokens: int,
+    dtype: str,
+    log_trees: bool = False,
+    limit: int | None = None,
+  ) -> Call:
+    """Decodes one batch; plainly where `drafter` is None.
+
+    Args:
+      drafter: name, or None.
+      policy: of the drafter.
+      shape: `TreeShape`.
+      tokens: int32 [batch, prompt_len].
+      lengths: int32 [batch].
+      keys: one a row.
+      temperature: 0 is greedy.
+      new_tokens: room for new tokens, part of what is compiled.
+      dtype: of the target and the head.
+      log_trees: see `speculative.generate`.
+      limit: tokens to write, at most new_tokens; default all.
+    """
+    target = self.target(dtype)
+    sampler: models.Sampler = models.Greedy()
+    if temperature:
+      sampler = models.Temperature(temperature=temperature)
+    if drafter is None:
+      return _plain(target, tokens, lengths, keys, sampler, new_tokens)
+    del limit
+    raise NotImplementedError
