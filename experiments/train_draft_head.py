@@ -51,7 +51,7 @@ def main(argv):
       **flags,
       "target": target_config,
       "tap_layers": flags.get("tap_layers")
-      or eagle_head.default_taps(target_config.num_layers),
+      or models.tap_layers(target_config.num_layers),
     },
     name="config.head",
   )

@@ -61,3 +61,6 @@ from unisparse_jax.attention.patterns.xattention import (
 from unisparse_jax.attention.selector import PATTERNS as PATTERNS
 from unisparse_jax.attention.selector import Pattern as Pattern
 from unisparse_jax.attention.selector import make_pattern as make_pattern
+from unisparse_jax.attention.tree_attention import (
+  tree_attention as tree_attention,
+)

@@ -8,6 +8,7 @@ from unisparse_jax.models.config import Llama3Scaling as Llama3Scaling
 from unisparse_jax.models.config import YarnScaling as YarnScaling
 from unisparse_jax.models.decoder import Decoder as Decoder
 from unisparse_jax.models.decoder import capture_qkv as capture_qkv
+from unisparse_jax.models.decoder import tap_layers as tap_layers
 from unisparse_jax.models.generate import decode as decode
 from unisparse_jax.models.generate import decode_step as decode_step
 from unisparse_jax.models.generate import generate as generate
@@ -18,7 +19,10 @@ from unisparse_jax.models.sampling import Sampler as Sampler
 from unisparse_jax.models.sampling import Temperature as Temperature
 from unisparse_jax.models.sampling import TopK as TopK
 from unisparse_jax.models.sampling import TopP as TopP
-from unisparse_jax.models.taps import hidden_and_taps as hidden_and_taps
+from unisparse_jax.models.tree_forward import Packing as Packing
+from unisparse_jax.models.tree_forward import TreeCache as TreeCache
+from unisparse_jax.models.tree_forward import TreeOutput as TreeOutput
+from unisparse_jax.models.tree_forward import tree_forward as tree_forward
 
 load_hf = hf_import.load
 load_hf_config = hf_import.load_config

@@ -62,17 +62,8 @@ class Attention(nnx.Module):
     Returns:
       [batch, q_len, embed_dim] and the cache.
     """
-    batch, q_len, _ = x.shape
-    config = self.config
-    # [batch, q_len, heads, head_dim]
-    q = self.q_proj(x).reshape(batch, q_len, config.num_heads, config.head_dim)
-    kv_shape = (batch, q_len, config.num_kv_heads, config.head_dim)
-    k = self.k_proj(x).reshape(kv_shape)
-    v = self.v_proj(x).reshape(kv_shape)
-    if config.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
-
+    q_len = x.shape[1]
+    q, k, v = self.project(x, cos, sin)
     q_offset, kv_len = 0, lengths
     if cache is not None:
       cache = cache.append(layer, k, v, is_empty=cache_is_empty)
@@ -84,4 +75,28 @@ class Attention(nnx.Module):
     out = attention_fn(
       q, k, v, causal=True, scale=None, q_offset=q_offset, kv_len=kv_len
     )
-    return self.o_proj(out.reshape(batch, q_len, -1)), cache
+    return self.output(out), cache
+
+  def project(
+    self,
+    x: Float[Array, "batch q_len embed_dim"],
+    cos: Float[Array, "#batch q_len 1 half"],
+    sin: Float[Array, "#batch q_len 1 half"],
+  ) -> tuple[Array, Array, Array]:
+    """q, k and v of x after RoPE, [batch, q_len, heads, head_dim] each."""
+    batch, q_len, _ = x.shape
+    config = self.config
+    # [batch, q_len, heads, head_dim]
+    q = self.q_proj(x).reshape(batch, q_len, config.num_heads, config.head_dim)
+    kv_shape = (batch, q_len, config.num_kv_heads, config.head_dim)
+    k = self.k_proj(x).reshape(kv_shape)
+    v = self.v_proj(x).reshape(kv_shape)
+    if config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    return rope.apply(q, cos, sin), rope.apply(k, cos, sin), v
+
+  def output(
+    self, out: Float[Array, "batch q_len num_heads head_dim"]
+  ) -> Float[Array, "batch q_len embed_dim"]:
+    """What the heads found, back in the residual stream's width."""
+    return self.o_proj(out.reshape(*out.shape[:2], -1))

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -51,8 +52,26 @@ class Block(nnx.Module):
   ):
     """Args and returns as of `attention_layer.Attention`."""
     update, cache = self.attention(self.attention_norm(x), cos, sin, **kwargs)
+    return self._add(x, update), cache
+
+  def attend_with(
+    self,
+    x: Float[Array, "batch q_len embed_dim"],
+    cos: Float[Array, "#batch q_len 1 half"],
+    sin: Float[Array, "#batch q_len 1 half"],
+    attend: Callable[[Array, Array, Array], Array],
+  ) -> tuple[Array, Array, Array]:
+    """The block with `attend(q, k, v)` in place of a cache.
+
+    Returns:
+      [batch, q_len, embed_dim], and k and v of x after RoPE.
+    """
+    q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
+    return self._add(x, self.attention.output(attend(q, k, v))), k, v
+
+  def _add(self, x, update):
     x = x + update
-    return x + self.mlp(self.mlp_norm(x)), cache
+    return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nnx.Module):
@@ -156,6 +175,43 @@ class Decoder(nnx.Module):
     cache_is_empty: bool = False,
   ) -> tuple[Float[Array, "batch q_len embed_dim"], kv_cache.KVCache | None]:
     """What `logits` takes, [batch, q_len, embed_dim]; args as `__call__`."""
+    hidden, cache, _ = self.hidden_states_and_taps(
+      tokens,
+      taps=(),
+      cache=cache,
+      attention_fn=attention_fn,
+      lengths=lengths,
+      remat=remat,
+      cache_is_empty=cache_is_empty,
+    )
+    return hidden, cache
+
+  def hidden_states_and_taps(
+    self,
+    tokens: Int[Array, "batch q_len"],
+    *,
+    taps: Sequence[int],
+    cache: kv_cache.KVCache | None = None,
+    attention_fn: attention.AttentionFn = attention.DenseAttention(),
+    lengths: Int[Array, " batch"] | None = None,
+    remat: bool = False,
+    cache_is_empty: bool = False,
+  ) -> tuple[Array, kv_cache.KVCache | None, Array | None]:
+    """`hidden_states`, and the residual stream at the input of some layers.
+
+    Args:
+      tokens: see `__call__`; so are those that are not named here.
+      taps: layers, in the order wanted.
+      cache: see `__call__`.
+      attention_fn: see `__call__`.
+      lengths: see `__call__`.
+      remat: see `__call__`.
+      cache_is_empty: see `__call__`.
+
+    Returns:
+      Hidden states, cache, and [batch, q_len, len(taps) * embed_dim], side by
+      side; None for no taps.
+    """
     self._check(tokens, cache, remat)
     batch, q_len = tokens.shape
     # [1 or batch, q_len]
@@ -172,21 +228,24 @@ class Decoder(nnx.Module):
       attention.for_layer(attention_fn, layer, num_layers)
       for layer in range(num_layers)
     ]
+    inputs = []
     if cache is None:
 
       def call(attend, block, x, cos, sin):
         return block(x, cos, sin, attention_fn=attend, lengths=lengths)[0]
 
       for block, attend in zip(self.layers, attention_fns, strict=True):
+        inputs.append(x)
         layer_call = functools.partial(call, attend)
         # Not nnx.remat: it writes to the block, which fails where the caller's
         # trace closes over the model.
         layer_call = jax.checkpoint(layer_call) if remat else layer_call
         x = layer_call(block, x, cos, sin)
-      return self.norm(x), None
+      return self.norm(x), None, join_taps(inputs, taps)
 
     new_cache = cache
     for layer, block in enumerate(self.layers):
+      inputs.append(x)
       x, new_cache = block(
         x,
         cos,
@@ -203,7 +262,8 @@ class Decoder(nnx.Module):
       # A write past the end would land on valid slots: never silently.
       fits = cache.lengths + q_len <= cache.capacity
       x = jnp.where(fits[:, None, None], x, jnp.array(jnp.nan, x.dtype))
-    return x, new_cache.advance(q_len if lengths is None else lengths)
+    new_cache = new_cache.advance(q_len if lengths is None else lengths)
+    return x, new_cache, join_taps(inputs, taps)
 
   def logits(
     self, hidden: Float[Array, "... embed_dim"]
@@ -244,6 +304,25 @@ def check_len(name: str, num_tokens: int, config: config_lib.DecoderConfig):
       f"{name} must hold at most max_len tokens; got {num_tokens}, "
       f"max_len={config.max_len}."
     )
+
+
+def tap_layers(num_layers: int) -> tuple[int, int, int]:
+  """A low, a middle and a high layer whose inputs a draft head reads.
+
+  Source: EAGLE-3 (Li et al., 2025) taps layers 2, L // 2 and L - 3. Differs
+  from it in: 1, L // 2 and L - 1 for fewer than eight layers.
+  """
+  checks.check_positive_int("num_layers", num_layers)
+  if num_layers >= 8:
+    return 2, num_layers // 2, num_layers - 3
+  return min(1, num_layers - 1), num_layers // 2, num_layers - 1
+
+
+def join_taps(inputs: Sequence[Array], taps: Sequence[int]) -> Array | None:
+  """The chosen layers' inputs side by side; None for none."""
+  if not taps:
+    return None
+  return jnp.concatenate([inputs[layer] for layer in taps], axis=-1)
 
 
 def last_valid(

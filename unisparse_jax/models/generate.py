@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax import attention
-from unisparse_jax.models import arguments, decoder, kv_cache, sampling
+from unisparse_jax.models import (
+  arguments,
+  decoder,
+  kv_cache,
+  sampling,
+  tree_forward,
+)
 
 # Prompts of similar length then share one compiled decoding loop.
 _CAPACITY_MULTIPLE = 128
@@ -134,7 +140,9 @@ def decode(
     sampler: how tokens are drawn.
     attention_fn: how every layer attends.
     eos_id: token, or tokens, that end a row; the loop ends when all rows have.
-    rng_key: needed by every sampler but Greedy.
+    rng_key: needed by every sampler but Greedy: one key, or a typed key for
+      each row. A row's noise depends on its key and on positions alone; one
+      key stands for fold_in(rng_key, row).
 
   Returns:
     int32 [batch, max_new_tokens], filled up with the (first) eos_id after the
@@ -196,7 +204,9 @@ def generate(
     attention_fn: how every layer attends in the prefill.
     eos_id: token, or tokens, that end a row.
     lengths: int [batch], valid tokens of each row; default q_len.
-    rng_key: needed by every sampler but Greedy.
+    rng_key: needed by every sampler but Greedy: one key, or a typed key for
+      each row. A row's noise depends on its key and on positions alone; one
+      key stands for fold_in(rng_key, row).
     chunk: tokens per prefill pass; default all.
 
   Returns:
@@ -317,11 +327,20 @@ def _decode(
   attention_fn,
   eos_ids,
 ):
-  batch = logits.shape[0]
+  batch, vocab_size = logits.shape
+  keys = None
+  if sampler.needs_key:
+    keys = sampling.row_keys(rng_key, batch)
+  # Dense decoding reads a layout of its own; another attention_fn, the cache's.
+  is_dense = attention_fn == attention.DenseAttention()
+  if is_dense:
+    cache = tree_forward.TreeCache.from_cache(cache)
 
-  def draw(step, logits, is_done, out):
-    key = None if rng_key is None else jax.random.fold_in(rng_key, step)
-    token = sampler(logits, key)
+  def draw(step, logits, positions, is_done, out):
+    noise = None
+    if keys is not None:
+      noise = sampling.noise_at(keys, positions, vocab_size)
+    token = sampling.draw_with_noise(sampler, logits, noise)
     if eos_ids:
       token = jnp.where(is_done, eos_ids[0], token)
       is_eos = [token == eos_id for eos_id in eos_ids]
@@ -331,14 +350,18 @@ def _decode(
 
   def body(carry):
     step, token, is_done, out, cache = carry
-    logits, cache = model(
-      token[:, None],
-      cache=cache,
-      attention_fn=attention_fn,
-      lengths=jnp.where(is_done, 0, 1),
-      logits_for="last",
-    )
-    token, is_done, out = draw(step, logits, is_done, out)
+    lengths = jnp.where(is_done, 0, 1)
+    if is_dense:
+      logits, cache = _dense_step(model, token, cache, lengths)
+    else:
+      logits, cache = model(
+        token[:, None],
+        cache=cache,
+        attention_fn=attention_fn,
+        lengths=lengths,
+        logits_for="last",
+      )
+    token, is_done, out = draw(step, logits, cache.lengths, is_done, out)
     return step + 1, token, is_done, out, cache
 
   def is_running(carry):
@@ -348,8 +371,22 @@ def _decode(
   fill = eos_ids[0] if eos_ids else 0
   out = jnp.full((batch, max_new_tokens), fill, jnp.int32)
   step = jnp.int32(0)
-  token, is_done, out = draw(step, logits, jnp.zeros((batch,), bool), out)
+  is_done = jnp.zeros((batch,), bool)
+  token, is_done, out = draw(step, logits, cache.lengths, is_done, out)
   *_, out, cache = lax.while_loop(
     is_running, body, (step + 1, token, is_done, out, cache)
   )
-  return out, cache
+  return out, cache.to_cache() if is_dense else cache
+
+
+def _dense_step(model, token, cache, lengths):
+  """Logits after one token a row, and the cache with it."""
+  mask = jnp.ones((token.shape[0], 1, 1), bool)
+  out = tree_forward.tree_forward(
+    model, token[:, None], cache.lengths[:, None], mask, cache
+  )
+  # A write past the end would land on valid slots: never silently.
+  fits = (cache.lengths < cache.capacity)[:, None]
+  hidden = out.hidden[:, 0]
+  hidden = jnp.where(fits, hidden, jnp.array(jnp.nan, hidden.dtype))
+  return model.logits(hidden), cache.append(out.k, out.v, lengths)

@@ -77,14 +77,14 @@ class Temperature:
     return True
 
   def probabilities(self, logits):
-    return jax.nn.softmax(self._adjust(logits), axis=-1)
+    return jax.nn.softmax(self.adjust(logits), axis=-1)
 
   def __call__(self, logits, rng_key):
-    adjusted = self._adjust(logits)
+    adjusted = self.adjust(logits)
     return jax.random.categorical(rng_key, adjusted).astype(jnp.int32)
 
-  def _adjust(self, logits):
-    """Logits of the distribution that is drawn from, float32."""
+  def adjust(self, logits):
+    """float32 logits of the distribution that tokens are drawn from."""
     return logits.astype(jnp.float32) / jnp.float32(self.temperature)
 
 
@@ -103,8 +103,8 @@ class TopK(Temperature):
     super().__post_init__()
     checks.check_positive_int("top_k", self.top_k)
 
-  def _adjust(self, logits):
-    logits = super()._adjust(logits)
+  def adjust(self, logits):
+    logits = super().adjust(logits)
     return _keep(logits, lambda rank, _: rank < self.top_k)
 
 
@@ -123,10 +123,79 @@ class TopP(Temperature):
     super().__post_init__()
     checks.check_fraction("top_p", self.top_p)
 
-  def _adjust(self, logits):
-    logits = super()._adjust(logits)
+  def adjust(self, logits):
+    logits = super().adjust(logits)
     # The token that crosses top_p is kept, so at least one is.
     return _keep(logits, lambda _, mass_before: mass_before < self.top_p)
+
+
+def row_keys(rng_key: Array, batch: int) -> Array:
+  """One key a request: [batch] keys as they are, or made from one key.
+
+  Raises:
+    ValueError: not one typed key, nor [batch] of them.
+  """
+  is_typed = isinstance(rng_key, jax.Array) and jnp.issubdtype(
+    rng_key.dtype, jax.dtypes.prng_key
+  )
+  if isinstance(rng_key, jax.Array) and not is_typed:
+    rng_key = jax.random.wrap_key_data(rng_key)
+  checks.require(
+    isinstance(rng_key, jax.Array) and rng_key.shape in ((), (batch,)),
+    "rng_key",
+    "be a key, or one for each row",
+    jax.typeof(rng_key),
+    f"shape () or ({batch},)",
+  )
+  if rng_key.shape == (batch,):
+    return rng_key
+  rows = jnp.arange(batch, dtype=jnp.uint32)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng_key, rows)
+
+
+def noise_at(
+  keys: Array, positions: Int[Array, "batch ..."], vocab_size: int
+) -> Float[Array, "batch ... vocab_size"]:
+  """Gumbel noise that depends on a request and a token's position alone.
+
+  Whatever decodes the request, in whatever batch, then draws the same token
+  from the same logits.
+
+  Args:
+    keys: one a request, [batch].
+    positions: int32 [batch, ...], absolute position of the token to draw.
+    vocab_size: number of tokens.
+
+  Returns:
+    float32 [batch, ..., vocab_size].
+  """
+
+  def draw(key, position):
+    key = jax.random.fold_in(key, position)
+    return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+  for _ in range(positions.ndim - 1):
+    draw = jax.vmap(draw, in_axes=(None, 0))
+  return jax.vmap(draw)(keys, positions)
+
+
+def draw_with_noise(
+  sampler: Sampler,
+  logits: Float[Array, "... vocab_size"],
+  noise: Float[Array, "... vocab_size"] | None,
+) -> Int[Array, "..."]:
+  """The token that a sampler draws with given Gumbel noise, int32.
+
+  argmax(log p + noise) is a draw from p (the Gumbel-max trick).
+  """
+  if not sampler.needs_key:
+    return sampler(logits, None)
+  assert noise is not None, "a sampler that needs a key needs noise"
+  if isinstance(sampler, Temperature):
+    log_p = sampler.adjust(logits)
+  else:
+    log_p = jnp.log(sampler.probabilities(logits))
+  return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
 
 
 def _keep(logits, rule):

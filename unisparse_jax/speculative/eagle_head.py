@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax import models
-from unisparse_jax.models import layers, rope, taps
+from unisparse_jax.models import layers, rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,7 @@ class EagleHeadConfig:
   Attributes:
     target: architecture of the decoder that it drafts for; widths, heads and
       RoPE are taken over.
-    tap_layers: layers whose input is read, low to high; num_layers stands for
-      the last block's output.
+    tap_layers: layers whose input is read, low to high.
     mlp_dim: width of the gated MLP; 0 takes the target's.
     norm_before_fusion: RMSNorm on each tap before `fuse` (EAGLE-3.1).
     feed_back_normed: later draft steps read norm(a) rather than a (EAGLE-3.1).
@@ -54,28 +53,20 @@ class EagleHeadConfig:
       "be a non-empty tuple",
       self.tap_layers,
     )
-    taps.check_taps("tap_layers", self.tap_layers, self.target.num_layers)
+    for layer in self.tap_layers:
+      checks.require(
+        isinstance(layer, int) and 0 <= layer < self.target.num_layers,
+        "tap_layers",
+        "be layers of the target",
+        layer,
+        f"0 to {self.target.num_layers - 1}",
+      )
     checks.check_non_negative_int("mlp_dim", self.mlp_dim)
 
   @property
   def taps_dim(self) -> int:
     """Channels of the taps side by side."""
     return len(self.tap_layers) * self.target.embed_dim
-
-
-def default_taps(num_layers: int) -> tuple[int, ...]:
-  """Low, middle and high tap, as the published heads choose them.
-
-  Args:
-    num_layers: of the target.
-
-  Returns:
-    (2, num_layers // 2, num_layers - 3); from 7 layers down (1, num_layers //
-    2, num_layers - 1).
-  """
-  if num_layers < 8:
-    return (min(1, num_layers - 1), num_layers // 2, num_layers - 1)
-  return (2, num_layers // 2, num_layers - 3)
 
 
 class EagleHead(nnx.Module):
@@ -136,7 +127,7 @@ class EagleHead(nnx.Module):
 
     Args:
       target: the decoder to draft for.
-      config: default: the target's, with `default_taps`.
+      config: default: the target's, with `models.tap_layers`.
       rngs: source of the other weights.
       dtype: of the activations; default the target's.
       param_dtype: of the weights.
@@ -144,7 +135,7 @@ class EagleHead(nnx.Module):
     if config is None:
       config = EagleHeadConfig(
         target=target.config,
-        tap_layers=default_taps(target.config.num_layers),
+        tap_layers=models.tap_layers(target.config.num_layers),
       )
     checks.require(
       config.target == target.config,

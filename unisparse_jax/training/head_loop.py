@@ -348,10 +348,9 @@ class _Run:
 def _loss(graphdef, params, target, batch, **settings):
   head = nnx.merge(graphdef, nnx.State(params))
   target = jax.lax.stop_gradient(target)
-  hidden, taps = models.hidden_and_taps(
-    target,
+  hidden, _, taps = target.hidden_states_and_taps(
     batch["tokens"],
-    head.config.tap_layers,
+    taps=head.config.tap_layers,
     attention_fn=settings["attention_fn"],
   )
   return head_loss.unrolled_loss(

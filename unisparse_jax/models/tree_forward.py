@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder on a few tokens at once, against a cache that it only reads.
+
+One token is a decoding step, a lower-triangular mask a prefill, an ancestor
+mask a draft tree: the same code, so the three cannot disagree.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import checks
+from unisparse_jax import attention
+from unisparse_jax.models import decoder, kv_cache, rope
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeCache:
+  """Keys and values with heads before slots, as a decoding step reads them.
+
+  With slots before heads, a batched product over (batch, head) has to copy the
+  whole cache first.
+
+  Attributes:
+    k: per layer [batch, num_kv_heads, capacity, head_dim], after RoPE.
+    v: as k. Slots at or past `lengths` are junk, but finite.
+    lengths: int32 [batch], valid tokens of each row.
+  """
+
+  k: tuple[Float[Array, "batch num_kv_heads capacity head_dim"], ...]
+  v: tuple[Float[Array, "batch num_kv_heads capacity head_dim"], ...]
+  lengths: Int[Array, " batch"]
+
+  @property
+  def capacity(self) -> int:
+    """Tokens that a row can hold."""
+    return self.k[0].shape[2]
+
+  @classmethod
+  def from_cache(cls, cache: kv_cache.KVCache) -> "TreeCache":
+    """The same tokens in this layout."""
+    k, v = (
+      tuple(jnp.swapaxes(x, 1, 2) for x in buffers)
+      for buffers in (cache.k, cache.v)
+    )
+    return cls(k=k, v=v, lengths=cache.lengths)
+
+  def to_cache(self) -> kv_cache.KVCache:
+    """The same tokens in the layout of prefill."""
+    k, v = (
+      tuple(jnp.swapaxes(x, 1, 2) for x in buffers)
+      for buffers in (self.k, self.v)
+    )
+    return kv_cache.KVCache(k=k, v=v, lengths=self.lengths)
+
+  def append(
+    self,
+    k: Sequence[Float[Array, "batch n num_kv_heads head_dim"]],
+    v: Sequence[Float[Array, "batch n num_kv_heads head_dim"]],
+    counts: Int[Array, " batch"],
+  ) -> "TreeCache":
+    """Takes the first counts[b] of n tokens a row; writes n slots.
+
+    There must be room for n tokens past every length: XLA would move the write
+    back onto valid slots.
+    """
+    return TreeCache(
+      k=tuple(map(self._write, self.k, k)),
+      v=tuple(map(self._write, self.v, v)),
+      lengths=self.lengths + counts,
+    )
+
+  def _write(self, buffer, new):
+    new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
+    if buffer.shape[0] == 1:
+      return lax.dynamic_update_slice(buffer, new, (0, 0, self.lengths[0], 0))
+
+    def write_row(row, values, start):
+      return lax.dynamic_update_slice(row, values, (0, start, 0))
+
+    return jax.vmap(write_row)(buffer, new, self.lengths)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+  """Which tokens of [batch, n] are worth computing, in one flat row.
+
+  Attributes:
+    flat: int32 [packed], row * n + column of each packed token.
+    slot: int32 [batch, n], where a token went in the flat row; `packed` for
+      those left out.
+  """
+
+  flat: Int[Array, " packed"]
+  slot: Int[Array, "batch n"]
+
+  @classmethod
+  def of(cls, is_kept: Bool[Array, "batch n"], packed: int) -> "Packing":
+    """Packs the kept tokens in order; `packed` must be at least their number.
+
+    Args:
+      is_kept: bool [batch, n].
+      packed: static size of the flat row; what is left of it repeats token 0.
+    """
+    kept = is_kept.reshape(-1)
+    before = jnp.cumsum(kept, dtype=jnp.int32) - 1
+    slot = jnp.where(kept & (before < packed), before, packed)
+    flat = jnp.zeros((packed,), jnp.int32)
+    index = jnp.arange(kept.shape[0], dtype=jnp.int32)
+    flat = flat.at[slot].set(index, mode="drop")
+    return cls(flat=flat, slot=slot.reshape(is_kept.shape))
+
+  def pack(self, values: Array) -> Array:
+    """[batch, n, ...] to [1, packed, ...]."""
+    rows = values.reshape(-1, *values.shape[2:])
+    return rows[self.flat][None]
+
+  def unpack(self, values: Array) -> Array:
+    """[1, packed, ...] to [batch, n, ...]; zeros for what was left out."""
+    return jnp.take(values[0], self.slot, axis=0, mode="fill", fill_value=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeOutput:
+  """What `tree_forward` found.
+
+  Attributes:
+    hidden: [batch, n, embed_dim] for `Decoder.logits`; [1, packed, embed_dim]
+      with a packing.
+    k: per layer [batch, n, num_kv_heads, head_dim], after RoPE.
+    v: as k.
+    taps: [batch, n, len(taps) * embed_dim], or None for no taps.
+  """
+
+  hidden: Float[Array, "..."]
+  k: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
+  v: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
+  taps: Float[Array, "batch n taps_dim"] | None
+
+
+def tree_forward(
+  model: decoder.Decoder,
+  tokens: Int[Array, "batch n"],
+  positions: Int[Array, "batch n"],
+  mask: Bool[Array, "batch n n"],
+  cache: TreeCache,
+  *,
+  taps: Sequence[int] = (),
+  packing: Packing | None = None,
+) -> TreeOutput:
+  """Runs tokens that see the cache and, under `mask`, one another.
+
+  Args:
+    model: a decoder.
+    tokens: int32 [batch, n].
+    positions: int32 [batch, n], absolute.
+    mask: bool [batch, n, n], [i, j]: token i sees token j; i must see itself.
+    cache: earlier tokens; only read.
+    taps: layers whose input is returned as well.
+    packing: compute only some tokens. Projections and MLPs then run on the flat
+      row; attention, which reads another cache for every row, does not.
+
+  Returns:
+    See `TreeOutput`. Values of tokens that a packing left out are zeros.
+  """
+  axes = ("batch", "n")
+  checks.check_shape("tokens", tokens, axes, (None, None))
+  batch, n = tokens.shape
+  checks.check_shape("positions", positions, axes, (batch, n))
+  checks.check_shape("mask", mask, (*axes, "n"), (batch, n, n))
+  num_layers = len(model.layers)
+  checks.require(
+    len(cache.k) == num_layers and cache.k[0].shape[0] == batch,
+    "cache",
+    "have the model's layers and the tokens' batch",
+    (len(cache.k), cache.k[0].shape[0]),
+    str((num_layers, batch)),
+  )
+  pack = (lambda x: x) if packing is None else packing.pack
+  unpack = (lambda x: x) if packing is None else packing.unpack
+  cos, sin = rope.cos_sin(pack(positions), model.config)
+  x = model.embed(pack(tokens))
+  inputs, keys, values = [], [], []
+  for layer, block in enumerate(model.layers):
+    inputs.append(x)
+
+    def attend(q, k, v, layer=layer):
+      q, k, v = unpack(q), unpack(k), unpack(v)
+      keys.append(k)
+      values.append(v)
+      out = attention.tree_attention(
+        q, cache.k[layer], cache.v[layer], cache.lengths, k, v, mask
+      )
+      return pack(out)
+
+    x, _, _ = block.attend_with(x, cos, sin, attend)
+  joined = decoder.join_taps(inputs, taps)
+  return TreeOutput(
+    hidden=model.norm(x),
+    k=tuple(keys),
+    v=tuple(values),
+    taps=None if joined is None else unpack(joined),
+  )
