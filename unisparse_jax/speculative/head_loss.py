@@ -50,7 +50,7 @@ def unrolled_loss(
   Args:
     head: the head that is trained.
     tokens: int [batch, seq_len].
-    taps: of the target, see `models.hidden_and_taps`.
+    taps: of the target, see `Decoder.hidden_states_and_taps`.
     target_hidden: of the target; no gradient flows into it.
     target_logits: hidden states to float32 logits of the next token.
     weights: float32, >= 0; weights[i] weighs the drafting of tokens[i].
@@ -70,7 +70,7 @@ def unrolled_loss(
   later: list[tuple[Array, Array]] = []  # of steps 1, 2, ...
   alive = jnp.ones(tokens.shape, jnp.bool_)
   for step in range(num_steps):
-    out, k, v = _layer(
+    out, k, v = layer_step(
       head, tokens, features, firsts, later, step, attention_fn
     )
     if step == 0:
@@ -142,7 +142,7 @@ def calibration_error(
   return gap / count if count else 0.0
 
 
-def _layer(head, tokens, features, firsts, later, step: int, attention_fn):
+def layer_step(head, tokens, features, firsts, later, step: int, attention_fn):
   """Output, keys and values of all slots at one step."""
   batch, seq_len = tokens.shape
   positions = jnp.arange(seq_len, dtype=jnp.int32)[None, :] + step
