@@ -88,16 +88,19 @@ class SpeculationConfig:
     temperatures: 0 is greedy.
     few: methods measured only at the batches and temperatures of `few_at`.
     few_at: (batch, temperature) of those.
-    prompts: of each domain; a batch takes as many of them as it has rows, from
-      the first on, and a batch of 1 takes each in turn.
+    prompts: of each domain; a batch takes as many as it has rows, from
+      the first on.
     prompt_len: tokens that every prompt is padded to; those of "long_context"
       fill most of it, the others `short_prompt`.
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
+    batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
     exact_prompts: prompts of each domain whose float32 output is compared.
     exact_batches: rows of these comparisons.
     exact_new_tokens: tokens of each.
     dtype: of weights and activations where time is measured.
+    compile_threads: programs compiled at once before anything is measured; 0:
+      each when it is first needed.
     max_seconds: budget; what does not fit is left out, and a later call goes
       on. None: no limit.
     seed: of prompts and draws.
@@ -128,10 +131,12 @@ class SpeculationConfig:
   exact_batches: tuple[int, ...] = (1, 4)
   exact_new_tokens: int = 64
   dtype: str = "bfloat16"
+  compile_threads: int = 0
   max_seconds: float | None = None
   seed: int = 0
 
   def __post_init__(self):
+    checks.check_non_negative_int("compile_threads", self.compile_threads)
     for name in (
       "fixed_depth",
       "fixed_nodes",

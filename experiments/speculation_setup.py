@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target, drafters, prompts and one timed call, for all of speculation."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import (
-  flags_and_configs,
   long_context_config,
   own_text_data,
 )
 from experiments import speculation_config as config_lib
-from unisparse_jax import data, models, speculative
+from unisparse_jax import attention, data, models
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import head_files
+from unisparse_jax.speculative import engine, head_files
 from unisparse_jax.speculative.drafters import base, eagle, ngram, suffix
 
 EAGLE = "eagle"
@@ -155,7 +156,7 @@ class Setup:
       new_tokens: room for new tokens, part of what is compiled.
       dtype: of the target and the head.
       log_trees: see `speculative.generate`.
-      limit: tokens to write, at most new_tokens; default all.
+      limit: steps to take; default until all rows are done.
     """
     target = self.target(dtype)
     sampler: models.Sampler = models.Greedy()
@@ -163,5 +164,85 @@ class Setup:
       sampler = models.Temperature(temperature=temperature)
     if drafter is None:
       return _plain(target, tokens, lengths, keys, sampler, new_tokens)
-    del limit
-    raise NotImplementedError
+    settings = engine.Settings(
+      shape=shape,
+      sampler=sampler,
+      eos_ids=(),
+      capacity=_capacity(tokens.shape[1] + new_tokens, shape),
+      max_steps=new_tokens,
+      log_trees=log_trees,
+    )
+    models_and_policy = (target, self.drafter(drafter, dtype), policy)
+    start = time.perf_counter()
+    state = engine.prefill(
+      *models_and_policy,
+      jnp.asarray(tokens),
+      jnp.asarray(lengths),
+      jnp.asarray(lengths + new_tokens),
+      keys if temperature else None,
+      attention_fn=attention.DenseAttention(),
+      settings=settings,
+    )
+    jax.block_until_ready(state)
+    middle = time.perf_counter()
+    state = engine.decode(
+      *models_and_policy,
+      state,
+      jnp.int32(new_tokens if limit is None else limit),
+      settings=settings,
+    )
+    jax.block_until_ready(state)
+    end = time.perf_counter()
+    written = np.asarray(state.tokens)
+    return Call(
+      tokens=np.stack(
+        [
+          row[start : start + new_tokens]
+          for row, start in zip(written, lengths, strict=True)
+        ]
+      ),
+      seconds=end - middle,
+      prefill_seconds=middle - start,
+      log=state.log,
+    )
+
+  def warm(self, calls: Sequence[dict[str, Any]], num_threads: int):
+    """Compiles what calls need, several at once; the compiler lets go of the
+    interpreter meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+      for _ in pool.map(lambda call: self.call(**{**call, "limit": 1}), calls):
+        pass
+
+
+def _plain(target, tokens, lengths, keys, sampler, new_tokens) -> Call:
+  start = time.perf_counter()
+  logits, cache = models.prefill(
+    target,
+    tokens,
+    lengths=lengths,
+    capacity=_capacity(tokens.shape[1] + new_tokens, None),
+  )
+  jax.block_until_ready((logits, cache))
+  middle = time.perf_counter()
+  out, cache = models.decode(
+    target,
+    logits,
+    cache,
+    max_new_tokens=new_tokens,
+    sampler=sampler,
+    rng_key=keys if sampler.needs_key else None,
+  )
+  out = np.asarray(jax.block_until_ready(out))
+  end = time.perf_counter()
+  return Call(
+    tokens=out,
+    seconds=end - middle,
+    prefill_seconds=middle - start,
+    log=None,
+  )
+
+
+def _capacity(num_tokens: int, shape: Any) -> int:
+  """Slots of a cache: what is written past the end needs room too."""
+  slack = 1 if shape is None else shape.max_depth + 1
+  return -(-(num_tokens + slack) // 128) * 128

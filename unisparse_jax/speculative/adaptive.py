@@ -180,7 +180,8 @@ class Guarded:
     fixed_ms: float32 scalar; see `calibration.StepCosts`.
     draft_ms: float32 scalar, of a level.
     verify_ms: float32 [num_buckets].
-    plain_ms: float32 scalar, of a step that does not draft.
+    plain_ms: float32 scalar, of a step that does not draft; +inf: always
+      drafts.
     keep: float32 scalar, weight of the record against the last step.
     period: int32 scalar, steps from one look to the next while not drafting.
   """
@@ -223,11 +224,11 @@ class Guarded:
     )
 
   def init_state(self, batch: int) -> GuardState:
-    # Starts as if drafting paid twofold: the first steps show what it does.
+    # Starts as if drafting paid: the first steps show what it does.
     return GuardState(
       inner=self.policy.init_state(batch),
       tokens=jnp.float32(2.0),
-      time_ms=self.plain_ms,
+      time_ms=self.fixed_ms + self.verify_ms[0],
     )
 
   def should_draft(self, state: GuardState, context) -> Array:

@@ -10,6 +10,7 @@ from unisparse_jax.speculative.calibration.artefact import (
 from unisparse_jax.speculative.calibration.artefact import save as save
 from unisparse_jax.speculative.calibration.costs import StepCosts as StepCosts
 from unisparse_jax.speculative.calibration.costs import fit_costs as fit_costs
+from unisparse_jax.speculative.calibration.partition import NUM_BINS as NUM_BINS
 from unisparse_jax.speculative.calibration.partition import bin_of as bin_of
 from unisparse_jax.speculative.calibration.partition import (
   fit_thresholds as fit_thresholds,

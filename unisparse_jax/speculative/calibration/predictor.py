@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unisparse_jax.speculative import adaptive
+from unisparse_jax.speculative.calibration import artefact as artefact_lib
 from unisparse_jax.speculative.calibration import costs as costs_lib
 from unisparse_jax.speculative.calibration import replay, search
 
@@ -185,3 +186,40 @@ def bandit_choices(
     sums[b, arm] += arms.tokens[i, arm]
     counts[b, arm] += 1.0
   return picked
+
+
+def from_artefact(
+  artefact: artefact_lib.Artefact, *, batch: int, guard: bool
+) -> adaptive.Guarded:
+  """The predictive policy that a calibration stored.
+
+  Args:
+    artefact: with a predictor in `about`.
+    batch: rows that are decoded together.
+    guard: stop drafting where plain decoding is faster; without it the policy
+      always drafts, in the same compiled program.
+  """
+  stored = artefact.about["predictor"]
+  costs = artefact.cost(batch)
+  arms = search.Arms(
+    arms=tuple((int(d), int(n)) for d, n in stored["arms"]),
+    tokens=np.zeros((0, len(stored["arms"])), np.float32),
+    base_depth=artefact.base_depth,
+  )
+  model = Predictor(
+    weights=np.asarray(stored["weights"]),
+    thresholds=np.asarray(artefact.thresholds),
+    prior=float(stored["prior"]),
+    keep=float(stored["keep"]),
+  )
+  inner = model.policy(
+    arms,
+    costs,
+    rate=float(stored["rates"][str(costs.batch)]),
+    width=artefact.width,
+    drafter_hash=artefact.drafter_hash,
+  )
+  guarded = adaptive.Guarded.create(inner, costs)
+  if not guard:
+    guarded = dataclasses.replace(guarded, plain_ms=jnp.float32(np.inf))
+  return guarded
