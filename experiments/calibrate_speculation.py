@@ -26,7 +26,7 @@ from experiments import (
 from experiments import speculation_config as config_lib
 from unisparse_jax import models, records
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import calibration, policy
+from unisparse_jax.speculative import calibration
 from unisparse_jax.speculative.calibration import predictor
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
@@ -72,9 +72,7 @@ def logged_steps(
     with np.load(file) as arrays:
       return calibration.StepRecords(**{name: arrays[name] for name in arrays})
   config, settings = setup.config, setup.config.calibration
-  largest = policy.Fixed(
-    depth=config.shape.max_depth, nodes=config.shape.max_nodes - 1
-  )
+  largest = setup.table(config.shape.max_depth, config.shape.max_nodes - 1)
   # Every batch holds all domains: the same number of steps for all of them.
   prompts, labels = [], []
   for number in range(settings.prompts):
@@ -154,8 +152,9 @@ def measured_costs(
         for i, name in enumerate(names)
       ]
     )
+    shape = config.shape_for(batch)
     common = dict(
-      shape=config.shape,
+      shape=shape,
       tokens=tokens,
       lengths=lengths,
       keys=setup.keys("code", 2_000_000, batch),
@@ -166,12 +165,14 @@ def measured_costs(
     plain = _best(setup, drafter=None, policy=None, **common)
     plain_ms = 1e3 * plain.seconds / (config.new_tokens - 1)
     measurements = []
-    for bucket in config.shape.buckets:
+    sizes = shape.packed or shape.buckets
+    for bucket in sizes:
+      nodes = (bucket // batch if shape.packed else bucket) - 1
       for levels in (config.shape.base_depth, config.shape.max_depth):
         call = _best(
           setup,
           drafter=speculation_setup.EAGLE,
-          policy=policy.Fixed(depth=levels, nodes=bucket - 1),
+          policy=setup.table(levels, nodes),
           limit=settings.timed_steps,
           **common,
         )
@@ -180,8 +181,9 @@ def measured_costs(
     costs = calibration.fit_costs(
       measurements,
       batch=batch,
-      buckets=config.shape.buckets,
+      buckets=sizes,
       plain_ms=plain_ms,
+      packed=bool(shape.packed),
     )
     writer.write(
       kind="costs", batch=batch, costs=_costs(costs), measured=measurements
@@ -230,7 +232,10 @@ def fit(
     criterion=settings.criterion,
   )
   depths = range(shape.base_depth, shape.max_depth + 1)
-  nodes = sorted({0, *(bucket - 1 for bucket in shape.buckets)})
+  # A bucket is filled; smaller trees matter where rows share one.
+  nodes = {0, *(bucket - 1 for bucket in shape.buckets)}
+  if config.packed:
+    nodes |= {n for n in (3, 7, 11, 15, 23, 31, 47) if n < shape.max_nodes}
   make = dict(depths=depths, nodes=nodes, base_depth=shape.base_depth)
   arms, test_arms = (
     calibration.Arms.of(part, **make) for part in (train, test)

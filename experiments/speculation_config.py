@@ -77,6 +77,8 @@ class SpeculationConfig:
       "": the standard library, tokenised into the workdir.
     artefact: file that the calibration writes and the measurement reads.
     shape: sizes of the tree of every method but the three below.
+    packed: (batch, sizes...) of the batches whose rows share one verification;
+      sizes count the nodes of all rows, roots included.
     chain_shape: of n-gram and suffix drafting.
     static_shape: of the static tree.
     calibration: see there.
@@ -114,6 +116,7 @@ class SpeculationConfig:
   chain_shape: tree.TreeShape
   static_shape: tree.TreeShape
   calibration: Calibration
+  packed: tuple[tuple[int, ...], ...] = ()
   fixed_depth: int = 8
   fixed_nodes: int = 60
   methods: tuple[str, ...] = METHODS
@@ -180,7 +183,22 @@ class SpeculationConfig:
       (self.fixed_depth, self.fixed_nodes),
       f"max_depth={self.shape.max_depth}, max_nodes={self.shape.max_nodes}",
     )
+    for batch, *sizes in self.packed:
+      checks.require(
+        bool(sizes) and sizes[0] >= batch,
+        "packed",
+        "leave room for the root of every row",
+        (batch, *sizes),
+        "a batch and its sizes",
+      )
     checks.check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+
+  def shape_for(self, batch: int) -> tree.TreeShape:
+    """The tree's sizes for a batch."""
+    sizes = {entry[0]: tuple(entry[1:]) for entry in self.packed}
+    if batch not in sizes:
+      return self.shape
+    return dataclasses.replace(self.shape, packed=sizes[batch])
 
   @property
   def wants_artefact(self) -> bool:

@@ -15,10 +15,10 @@ from experiments import speculation_summary as summary
 
 _DEFINITIONS = (
   "A call is one row's share of one pass of the target. Tokens per call count "
-  "the bonus token that the target adds; accepted tokens per call do not. Nodes "
-  "are what was verified, root included; padded is what the compiled size had "
-  "room for. Tokens per second and times are of decoding, prefill apart. A row "
-  "differs where any token is not that of plain decoding in the same dtype."
+  "the bonus token that the target adds; accepted tokens per call do not. "
+  "Nodes are what was verified, root included; padded is what the compiled "
+  "size had room for. Tokens per second and times are of decoding, prefill "
+  "apart. A row differs where any token is not that of plain decoding in the same dtype."
 )
 
 

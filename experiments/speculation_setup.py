@@ -19,10 +19,11 @@ from experiments import (
   own_text_data,
 )
 from experiments import speculation_config as config_lib
-from unisparse_jax import attention, data, models
+from unisparse_jax import data, models, speculative
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import engine, head_files
-from unisparse_jax.speculative.drafters import base, eagle, ngram, suffix
+from unisparse_jax.speculative import head_files
+from unisparse_jax.speculative import policy as policy_lib
+from unisparse_jax.speculative.drafters import base, eagle, lookup
 
 EAGLE = "eagle"
 
@@ -53,6 +54,8 @@ class Setup:
     self.config = config
     self.folder = long_context_config.model_folder(config.target)
     self._workdir = workdir
+    self._targets: dict[str, models.Decoder] = {}
+    self._drafters: dict[tuple[str, str], Any] = {}
 
   @functools.cached_property
   def corpus(self) -> data.CodeCorpus:
@@ -69,18 +72,23 @@ class Setup:
       )
     return corpus
 
-  @functools.cache  # noqa: B019: one per process
   def target(self, dtype: str) -> models.Decoder:
     """The decoder."""
-    return models.load_hf(self.folder, dtype=jnp.dtype(dtype))
+    if dtype not in self._targets:
+      self._targets[dtype] = models.load_hf(self.folder, dtype=jnp.dtype(dtype))
+    return self._targets[dtype]
 
-  @functools.cache  # noqa: B019
   def drafter(self, name: str, dtype: str) -> Any:
     """A drafter by name: "eagle", "ngram" or "suffix"."""
+    if (name, dtype) not in self._drafters:
+      self._drafters[name, dtype] = self._make_drafter(name, dtype)
+    return self._drafters[name, dtype]
+
+  def _make_drafter(self, name: str, dtype: str) -> Any:
     if name == "ngram":
-      return ngram.NGram()
+      return lookup.PromptLookup()
     if name == "suffix":
-      return suffix.Suffix()
+      return lookup.SuffixMatch()
     head = head_files.load_head(
       config_lib.head_folder(self.config.head),
       self.target(dtype).config,
@@ -92,6 +100,18 @@ class Setup:
   def drafter_hash(self) -> str:
     """Of the head as it drafts where time is measured."""
     return base.fingerprint(self.drafter(EAGLE, self.config.dtype))
+
+  def table(self, depth: int, nodes: int) -> policy_lib.HeteroSpec:
+    """A fixed tree as a table, so that it runs what HeteroSpec compiled."""
+    shape = self.config.shape
+    return policy_lib.HeteroSpec.create(
+      thresholds=np.full(7, np.inf),
+      depth=[max(depth, 1)] * 8,
+      nodes=[max(nodes, 0)] * 8,
+      base_depth=shape.base_depth,
+      width=shape.width,
+      drafter_hash=self.drafter_hash,
+    )
 
   def prompts(self, domain: str, *, count: int, use: str) -> list[np.ndarray]:
     """Prompts of a domain; those for another use are other ones.
@@ -164,51 +184,40 @@ class Setup:
       sampler = models.Temperature(temperature=temperature)
     if drafter is None:
       return _plain(target, tokens, lengths, keys, sampler, new_tokens)
-    settings = engine.Settings(
-      shape=shape,
-      sampler=sampler,
-      eos_ids=(),
-      capacity=_capacity(tokens.shape[1] + new_tokens, shape),
-      max_steps=new_tokens,
-      log_trees=log_trees,
-    )
-    models_and_policy = (target, self.drafter(drafter, dtype), policy)
     start = time.perf_counter()
-    state = engine.prefill(
-      *models_and_policy,
-      jnp.asarray(tokens),
-      jnp.asarray(lengths),
-      jnp.asarray(lengths + new_tokens),
-      keys if temperature else None,
-      attention_fn=attention.DenseAttention(),
-      settings=settings,
+    session = speculative.prepare(
+      target,
+      self.drafter(drafter, dtype),
+      tokens,
+      max_new_tokens=new_tokens,
+      lengths=lengths,
+      shape=shape,
+      policy=policy,
+      sampler=sampler,
+      rng_key=keys if temperature else None,
+      log_trees=log_trees,
+      # Compared once, when the artefact is read: it reads every weight.
+      check_drafter=False,
     )
-    jax.block_until_ready(state)
+    jax.block_until_ready(session.state)
     middle = time.perf_counter()
-    state = engine.decode(
-      *models_and_policy,
-      state,
-      jnp.int32(new_tokens if limit is None else limit),
-      settings=settings,
-    )
-    jax.block_until_ready(state)
+    session.run(limit)
+    jax.block_until_ready(session.state)
     end = time.perf_counter()
-    written = np.asarray(state.tokens)
+    result = session.result()
     return Call(
-      tokens=np.stack(
-        [
-          row[start : start + new_tokens]
-          for row, start in zip(written, lengths, strict=True)
-        ]
-      ),
+      tokens=np.asarray(result.tokens),
       seconds=end - middle,
       prefill_seconds=middle - start,
-      log=state.log,
+      log=result.log,
     )
 
   def warm(self, calls: Sequence[dict[str, Any]], num_threads: int):
-    """Compiles what calls need, several at once; the compiler lets go of the
-    interpreter meanwhile."""
+    """Compiles what calls need, several at once."""
+    for call in calls:  # Loaded once, not by every thread.
+      self.target(call["dtype"])
+      if call["drafter"] is not None:
+        self.drafter(call["drafter"], call["dtype"])
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
       for _ in pool.map(lambda call: self.call(**{**call, "limit": 1}), calls):
         pass
@@ -220,7 +229,7 @@ def _plain(target, tokens, lengths, keys, sampler, new_tokens) -> Call:
     target,
     tokens,
     lengths=lengths,
-    capacity=_capacity(tokens.shape[1] + new_tokens, None),
+    capacity=-(-(tokens.shape[1] + new_tokens) // 128) * 128,
   )
   jax.block_until_ready((logits, cache))
   middle = time.perf_counter()
@@ -240,9 +249,3 @@ def _plain(target, tokens, lengths, keys, sampler, new_tokens) -> Call:
     prefill_seconds=middle - start,
     log=None,
   )
-
-
-def _capacity(num_tokens: int, shape: Any) -> int:
-  """Slots of a cache: what is written past the end needs room too."""
-  slack = 1 if shape is None else shape.max_depth + 1
-  return -(-(num_tokens + slack) // 128) * 128

@@ -227,19 +227,19 @@ class Measurer:
     return dict(
       drafter=speculation_setup.EAGLE,
       policy=self._policy(step),
-      shape=config.shape,
+      shape=config.shape_for(step.batch),
     )
 
   def _policy(self, step: Step) -> Any:
     config, shape = self._config, self._config.shape
     match step.method:
       case "fixed":
-        return self._table(config.fixed_depth, config.fixed_nodes)
+        return self._setup.table(config.fixed_depth, config.fixed_nodes)
       case "eagle2":
-        return self._table(min(6, shape.max_depth), config.fixed_nodes)
+        return self._setup.table(min(6, shape.max_depth), config.fixed_nodes)
       case "fixed_same":
         nodes = round(self._mean_nodes(step)) - 1
-        return self._table(config.fixed_depth, nodes)
+        return self._setup.table(config.fixed_depth, nodes)
     artefact = self._artefact
     assert artefact is not None, "config.wants_artefact"
     if step.method in ("predictive", "guarded"):
@@ -249,18 +249,6 @@ class Measurer:
     name = {"heterospec": "rule"}.get(step.method, step.method)
     return artefact.policy(
       name, batch=step.batch, drafter_hash=self._setup.drafter_hash
-    )
-
-  def _table(self, depth: int, nodes: int) -> policy.HeteroSpec:
-    """A fixed tree as a table, so that it runs what HeteroSpec compiled."""
-    shape = self._config.shape
-    return policy.HeteroSpec.create(
-      thresholds=np.full(7, np.inf),
-      depth=[max(depth, 1)] * 8,
-      nodes=[max(nodes, 0)] * 8,
-      base_depth=shape.base_depth,
-      width=shape.width,
-      drafter_hash=self._setup.drafter_hash,
     )
 
   def _mean_nodes(self, step: Step) -> float:

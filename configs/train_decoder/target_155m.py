@@ -54,6 +54,7 @@ def get_config():
   )
   config.data = dict(
     seed=0,
+    tokenizer="pylib_12m",  # That of a model, rather than a new one.
     packages=(
       *("torch", "transformers", "jax", "scipy", "sklearn", "sympy", "pandas"),
       *("numpy", "numba", "networkx", "statsmodels", "matplotlib", "skimage"),

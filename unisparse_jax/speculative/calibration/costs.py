@@ -16,12 +16,14 @@ class StepCosts:
 
   Attributes:
     batch: rows.
-    buckets: nodes that verification is compiled for, root included.
+    buckets: nodes that verification is compiled for, root included: of the
+      largest row, or of all rows together if `packed`.
     fixed_ms: of a step that drafts: choosing, committing, the head's own pass.
     draft_ms: of one more level of drafting.
     verify_ms: of each bucket; with fixed_ms, only their sum is measured, so
       the smallest bucket's is that of plain decoding.
     plain_ms: of plain decoding, per token.
+    packed: whether verification packs the nodes of all rows.
   """
 
   batch: int
@@ -30,6 +32,7 @@ class StepCosts:
   draft_ms: float
   verify_ms: tuple[float, ...]
   plain_ms: float
+  packed: bool = False
 
   def __post_init__(self):
     if len(self.buckets) != len(self.verify_ms):
@@ -41,19 +44,39 @@ class StepCosts:
     if not np.all(np.isfinite(values)) or min(values) < 0:
       raise ValueError(f"times must be finite and >= 0; got {values}.")
 
-  def bucket_index(self, nodes) -> np.ndarray:
-    """Index of the bucket that holds `nodes` draft nodes and the root."""
-    index = np.searchsorted(self.buckets, np.asarray(nodes) + 1)
-    if np.any(index >= len(self.buckets)):
-      raise ValueError(
-        f"nodes must fit the buckets beside the root; got {np.max(nodes)}, "
-        f"buckets={self.buckets}."
-      )
-    return index
-
   def step_ms(self, levels, nodes) -> np.ndarray:
-    """Milliseconds of steps that draft `levels` and verify `nodes`."""
-    verify = np.asarray(self.verify_ms)[self.bucket_index(nodes)]
+    """Milliseconds of steps in which all rows do the same.
+
+    Args:
+      levels: drafted.
+      nodes: draft nodes of every row, root not counted.
+    """
+    nodes = np.asarray(nodes) + 1
+    return self._ms(levels, nodes * self.batch if self.packed else nodes)
+
+  def batch_ms(self, levels: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """Milliseconds of steps in which rows differ.
+
+    Args:
+      levels: int [n, batch], wanted by each row.
+      nodes: int [n, batch], draft nodes of each row, root not counted.
+
+    Returns:
+      float64 [n].
+    """
+    combined = np.sum if self.packed else np.max
+    return self._ms(levels.max(axis=1), combined(nodes + 1, axis=1))
+
+  def _ms(self, levels, size) -> np.ndarray:
+    index = np.searchsorted(self.buckets, size)
+    if self.packed:  # The engine keeps the best nodes that fit.
+      index = np.minimum(index, len(self.buckets) - 1)
+    elif np.any(index >= len(self.buckets)):
+      raise ValueError(
+        "nodes must fit the buckets beside the root; got "
+        f"{np.max(size) - 1}, buckets={self.buckets}."
+      )
+    verify = np.asarray(self.verify_ms)[index]
     return self.fixed_ms + self.draft_ms * np.asarray(levels) + verify
 
 
@@ -63,6 +86,7 @@ def fit_costs(
   batch: int,
   buckets: Sequence[int],
   plain_ms: float,
+  packed: bool = False,
 ) -> StepCosts:
   """Least squares over timed fixed policies, no time below 0.
 
@@ -72,6 +96,7 @@ def fit_costs(
     batch: rows.
     buckets: as compiled.
     plain_ms: of plain decoding, per token.
+    packed: see `StepCosts`.
 
   Raises:
     ValueError: a bucket was not measured, or only one number of levels.
@@ -103,6 +128,7 @@ def fit_costs(
     draft_ms=draft_ms,
     verify_ms=tuple(float(x) - fixed for x in at_bucket),
     plain_ms=float(plain_ms),
+    packed=packed,
   )
 
 

@@ -195,9 +195,7 @@ def _simulate(arms, costs, picked, groups) -> tuple[float, float]:
   nodes = np.array([n for _, n in arms.arms])
   tokens = np.take_along_axis(arms.tokens, picked[:, None], 1)[:, 0]
   of_group = picked[groups]
-  time_ms = costs.step_ms(
-    levels[of_group].max(axis=1), nodes[of_group].max(axis=1)
-  )
+  time_ms = costs.batch_ms(levels[of_group], nodes[of_group])
   return float(tokens[groups].mean()), float(time_ms.mean())
 
 
