@@ -18,7 +18,8 @@ _DEFINITIONS = (
   "the bonus token that the target adds; accepted tokens per call do not. "
   "Nodes are what was verified, root included; padded is what the compiled "
   "size had room for. Tokens per second and times are of decoding, prefill "
-  "apart. A row differs where any token is not that of plain decoding in the same dtype."
+  "apart. A row differs where any token is not that of plain decoding in the "
+  "same dtype."
 )
 
 

@@ -2,6 +2,7 @@
 """The training loop: stages, metrics, checkpoints, budget, signals."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -16,14 +17,15 @@ from flax import nnx
 
 from unisparse_jax import attention, models, records
 from unisparse_jax.training import checkpoints as checkpoints_lib
-from unisparse_jax.training import config as config_lib
 from unisparse_jax.training import (
+  clock,
   input_pipeline,
   metrics,
   optimizer,
   signals,
   train_step,
 )
+from unisparse_jax.training import config as config_lib
 
 # Steps that may be under way on the device: enough to keep it busy, few enough
 # for the clock and signals to mean something.
@@ -166,7 +168,7 @@ class _Run:
       config.total_steps, step=self._step, enabled=show_progress
     )
     stack.callback(self._progress.close)
-    self._clock = _Clock(config, self._schedule)
+    self._clock = clock.Clock(config, self._schedule)
     self._make_source = make_source
     self._batches: Any = None
     if self._step < config.total_steps:
@@ -184,6 +186,10 @@ class _Run:
       ),
       donate_argnums=0,
     )
+    # Of the stage that comes next, under way in a thread.
+    self._ahead: concurrent.futures.Future | None = None
+    self._compiler = concurrent.futures.ThreadPoolExecutor(1)
+    stack.callback(self._compiler.shutdown, cancel_futures=True)
     self._pending = collections.deque()  # (step, metric vector on the device)
     self._interval = metrics.Interval()
     self._rate = None  # tokens per second over the last interval
@@ -264,12 +270,25 @@ class _Run:
     self._drain(0)
     stage = self._config.stages[stage_index]
     start = time.monotonic()
-    compiled = self._train_step.lower(self._state, batch).compile()
+    if self._ahead is not None:
+      compiled = self._ahead.result()
+    else:
+      compiled = self._train_step.lower(self._state, batch).compile()
     seconds = time.monotonic() - start
     self._progress.note(
       f"stage {stage_index}: {stage.steps} steps of {stage.batch_size} x "
       f"{stage.seq_len} tokens, compiled in {seconds:.1f} s"
     )
+    self._ahead = None
+    if self._config.fit_budget and stage_index + 1 < len(self._config.stages):
+      # While this stage trains: a stage's share of the time is for training.
+      self._ahead = self._compiler.submit(
+        _compile_for,
+        self._train_step,
+        jax.tree.map(_shape, self._state),
+        jax.tree.map(_shape, batch),
+        self._config.stages[stage_index + 1],
+      )
     self._interval = metrics.Interval()
     return compiled
 
@@ -341,36 +360,15 @@ class _Run:
     return nnx.merge(self._graphdef, nnx.State(params))
 
 
-class _Clock:
-  """How far a run is, by tokens and, with `fit_budget`, by time."""
+def _shape(x) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-  def __init__(self, config: config_lib.TrainConfig, schedule):
-    self._config = config
-    # All at once: asking the device at every step would wait for the steps
-    # that are under way.
-    steps = jnp.arange(config.total_steps, dtype=jnp.int32)
-    self._rates = np.asarray(jax.vmap(schedule)(steps), np.float64)
-    self._opened = time.monotonic()
-    self._started: float | None = None
 
-  def start(self):
-    """Called after each step: time counts from the end of the first."""
-    if self._started is None:
-      self._started = time.monotonic()
-
-  def share(self) -> float:
-    """Share of the time budget that is used up, from 0; 0 without one."""
-    config = self._config
-    if not config.fit_budget or self._started is None:
-      return 0.0
-    assert config.max_seconds is not None, "checked by TrainConfig"
-    budget = config.max_seconds - (self._started - self._opened)
-    return (time.monotonic() - self._started) / max(budget, 1e-6)
-
-  def learning_rate(self, step: int) -> float:
-    """Of a step, counted from 0; the warm-up goes by steps alone."""
-    config = self._config
-    due = step
-    if step >= config.warmup_steps:
-      due = max(step, int(min(self.share(), 1.0) * config.total_steps))
-    return float(self._rates[min(due, config.total_steps - 1)])
+def _compile_for(step, state, batch, stage: config_lib.Stage):
+  """The compiled step for another stage's batches."""
+  rows = (stage.batch_size, stage.seq_len + 1)
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, x.dtype) if x.ndim == 2 else x
+    for name, x in batch.items()
+  }
+  return step.lower(state, batch).compile()
