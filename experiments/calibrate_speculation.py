@@ -255,11 +255,10 @@ def fit(
   learned = predictor.fit(train, arms, thresholds)
   by_draft = predictor.fit(train, arms, thresholds, use_recent=False)
   tables, comparison = [rule], []
-  rates = {}
+  rates, step_ms = {}, {}
   for cost in costs:
     joint = calibration.by_bin(arms, bins, cost, num_bins=calibration.NUM_BINS)
     single = calibration.fixed(arms, cost)
-    drafts = joint.rate * cost.plain_ms > 1.0
     for name, choice in (("joint", joint), ("fixed_best", single)):
       tables.append(
         calibration.Table(
@@ -270,9 +269,11 @@ def fit(
           drafts=bool(choice.rate * cost.plain_ms > 1.0),
         )
       )
-    del drafts
     times = arms.times(cost)
-    rates[cost.batch] = learned.rate(train, arms, times)
+    rate = learned.rate(train, arms, times)
+    rates[str(cost.batch)] = rate
+    picked = learned.choose(train, times, rate)
+    step_ms[str(cost.batch)] = float(times[picked].mean())
     comparison += _compare(
       config,
       cost,
@@ -303,7 +304,8 @@ def fit(
       "prior": learned.prior,
       "keep": learned.keep,
       "arms": arms.arms,
-      "rates": {str(batch): rate for batch, rate in rates.items()},
+      "rates": rates,
+      "step_ms": step_ms,
     },
   }
   artefact = calibration.Artefact(

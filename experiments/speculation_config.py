@@ -21,13 +21,14 @@ METHODS = (
   "fixed_same",  # fixed tree with the mean nodes of `heterospec`
   "fixed_best",  # the fixed tree that the replay finds fastest
   "predictive",  # learned acceptance predictor, ours
-  "guarded",  # predictive, and no drafting where it does not pay
+  "gated",  # predictive, and no drafting where it does not pay
   "eagle2",  # a dynamic tree of depth 6
   "ngram",
   "suffix",
   "static",  # EAGLE-1: a tree of fixed shape
+  "oracle",  # knows the output: a bound for every policy
 )
-CALIBRATED = ("heterospec", "joint", "fixed_best", "predictive", "guarded")
+CALIBRATED = ("heterospec", "joint", "fixed_best", "predictive", "gated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import speculation_config as config_lib
 from experiments import speculation_setup
-from unisparse_jax.speculative import calibration, policy
+from unisparse_jax.speculative import calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
 
 ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
@@ -132,7 +132,7 @@ class Measurer:
     programs: dict[tuple, dict[str, Any]] = {}
     for step in steps:
       method = "fixed" if step.method in _TABLES else step.method
-      method = "guarded" if method == "predictive" else method
+      method = "gated" if method == "predictive" else method
       step = dataclasses.replace(step, method=method, domain=config.domains[0])
       if step.key in programs:
         continue
@@ -146,7 +146,9 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
-        **self._method(step),
+        **self._method(
+          step, np.zeros((step.batch, new_tokens), np.int32), lengths
+        ),
       )
     self._setup.warm(list(programs.values()), config.compile_threads)
 
@@ -175,7 +177,7 @@ class Measurer:
         dtype=dtype,
       )
       expected.append(self._expected(step, first, common, dtype))
-      arguments = {**common, **self._method(step)}
+      arguments = {**common, **self._method(step, expected[-1], lengths)}
       program = "table" if step.method in _TABLES else step.method
       place = (step.batch, step.temperature, program, step.kind)
       if place not in self._compiled:
@@ -204,8 +206,8 @@ class Measurer:
       self._plain[place] = plain.tokens
     return self._plain[place]
 
-  def _method(self, step: Step) -> dict[str, Any]:
-    """drafter, shape and policy of a method."""
+  def _method(self, step: Step, expected, lengths) -> dict[str, Any]:
+    """drafter, shape and policy of a method; the oracle knows the output."""
     config, method = self._config, step.method
     if method == config_lib.PLAIN:
       return dict(drafter=None, policy=None, shape=None)
@@ -224,10 +226,12 @@ class Measurer:
       return dict(
         drafter=speculation_setup.EAGLE, policy=everything, shape=shape
       )
+    shape = config.shape_for(step.batch)
+    if method == "oracle":
+      known = oracle.Oracle.create(expected, lengths, shape)
+      return dict(drafter=speculation_setup.EAGLE, policy=known, shape=shape)
     return dict(
-      drafter=speculation_setup.EAGLE,
-      policy=self._policy(step),
-      shape=config.shape_for(step.batch),
+      drafter=speculation_setup.EAGLE, policy=self._policy(step), shape=shape
     )
 
   def _policy(self, step: Step) -> Any:
@@ -242,9 +246,9 @@ class Measurer:
         return self._setup.table(config.fixed_depth, nodes)
     artefact = self._artefact
     assert artefact is not None, "config.wants_artefact"
-    if step.method in ("predictive", "guarded"):
+    if step.method in ("predictive", "gated"):
       return predictor.from_artefact(
-        artefact, batch=step.batch, guard=step.method == "guarded"
+        artefact, batch=step.batch, gate=step.method == "gated"
       )
     name = {"heterospec": "rule"}.get(step.method, step.method)
     return artefact.policy(

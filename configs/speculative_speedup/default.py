@@ -52,13 +52,14 @@ def get_config():
     "fixed_same",
     "fixed_best",
     "predictive",
-    "guarded",
+    "gated",
     "eagle2",
     "ngram",
     "suffix",
     "static",
+    "oracle",
   )
-  config.few = ("eagle2", "ngram", "suffix", "static")
+  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
   config.few_at = ((1, 0.0), (16, 0.0))
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)

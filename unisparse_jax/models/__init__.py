@@ -20,6 +20,7 @@ from unisparse_jax.models.sampling import Temperature as Temperature
 from unisparse_jax.models.sampling import TopK as TopK
 from unisparse_jax.models.sampling import TopP as TopP
 from unisparse_jax.models.tree_forward import Packing as Packing
+from unisparse_jax.models.tree_forward import Scratch as Scratch
 from unisparse_jax.models.tree_forward import TreeCache as TreeCache
 from unisparse_jax.models.tree_forward import TreeOutput as TreeOutput
 from unisparse_jax.models.tree_forward import tree_forward as tree_forward

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies that learn while they decode, beyond HeteroSpec's fixed bins.
+"""A policy that predicts acceptance, instead of HeteroSpec's bins.
 
-`Predictive` predicts the tokens that each depth and size would bring, from the
-draft's entropy and score and from how the request's last steps went, and takes
-the one with the best tokens minus rate * time. `Guarded` stops drafting while a
-request's own record says that plain decoding is faster, and looks again now and
-then. Both decide before the target has scored the step, so the output does not
-depend on them.
+It predicts the tokens that each depth and size would bring, from the draft's
+entropy and score and from how the request's last steps went, and takes the one
+with the best tokens minus rate * time. `gated.Gated` beside it stops drafting
+where none pays.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,113 +149,4 @@ class Predictive(policy_lib.StatelessPolicy):
     counted = outcome.active & (outcome.draft_levels > 0)
     return RecentState(
       recent=jnp.where(counted, new, state.recent), active=outcome.active
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GuardState:
-  """What the loop carries.
-
-  Attributes:
-    inner: of the policy that is guarded.
-    tokens: float32 scalar, discounted tokens of a row in a drafting step.
-    time_ms: float32 scalar, discounted time of a drafting step.
-  """
-
-  inner: Any
-  tokens: Float[Array, ""]
-  time_ms: Float[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guarded:
-  """Another policy, unless plain decoding is faster for this batch.
-
-  Attributes:
-    policy: the policy that decides when there is drafting.
-    fixed_ms: float32 scalar; see `calibration.StepCosts`.
-    draft_ms: float32 scalar, of a level.
-    verify_ms: float32 [num_buckets].
-    plain_ms: float32 scalar, of a step that does not draft; +inf: always
-      drafts.
-    keep: float32 scalar, weight of the record against the last step.
-    period: int32 scalar, steps from one look to the next while not drafting.
-  """
-
-  policy: Any
-  fixed_ms: Float[Array, ""]
-  draft_ms: Float[Array, ""]
-  verify_ms: Float[Array, " num_buckets"]
-  plain_ms: Float[Array, ""]
-  keep: Float[Array, ""]
-  period: Int[Array, ""]
-
-  @classmethod
-  def create(
-    cls, policy: Any, costs: Any, *, keep: float = 0.9, period: int = 64
-  ) -> "Guarded":
-    """Guards `policy` by the times of a `calibration.StepCosts`."""
-    return cls(
-      policy=policy,
-      fixed_ms=jnp.float32(costs.fixed_ms),
-      draft_ms=jnp.float32(costs.draft_ms),
-      verify_ms=jnp.asarray(costs.verify_ms, jnp.float32),
-      plain_ms=jnp.float32(costs.plain_ms),
-      keep=jnp.float32(keep),
-      period=jnp.int32(period),
-    )
-
-  @property
-  def path_choice(self) -> Literal["cumulative", "last"]:
-    return self.policy.path_choice
-
-  @property
-  def drafter_hash(self) -> str | None:
-    return self.policy.drafter_hash
-
-  def check(self, shape: tree.TreeShape):
-    self.policy.check(shape)
-    checks.check_shape(
-      "verify_ms", self.verify_ms, ("buckets",), (len(shape.buckets),)
-    )
-
-  def init_state(self, batch: int) -> GuardState:
-    # Starts as if drafting paid: the first steps show what it does.
-    return GuardState(
-      inner=self.policy.init_state(batch),
-      tokens=jnp.float32(2.0),
-      time_ms=self.fixed_ms + self.verify_ms[0],
-    )
-
-  def should_draft(self, state: GuardState, context) -> Array:
-    pays = state.tokens * self.plain_ms >= state.time_ms
-    return pays | (context.step % self.period == 0)
-
-  def decide(self, state: GuardState, evidence) -> policy_lib.Decision:
-    return self.policy.decide(state.inner, evidence)
-
-  def prune(self, state: GuardState, draft, decision, context) -> Any:
-    return self.policy.prune(state.inner, draft, decision, context)
-
-  def update(self, state: GuardState, outcome) -> GuardState:
-    drafted = outcome.draft_levels > 0
-    rows = jnp.sum(outcome.active).astype(jnp.float32)
-    emitted = jnp.sum(jnp.where(outcome.active, outcome.num_emitted, 0))
-    tokens = emitted.astype(jnp.float32) / jnp.maximum(rows, 1.0)
-    time_ms = (
-      self.fixed_ms
-      + self.draft_ms * outcome.draft_levels.astype(jnp.float32)
-      + self.verify_ms[outcome.bucket]
-    )
-
-    def mixed(old, new):
-      value = self.keep * old + (1.0 - self.keep) * new
-      return jnp.where(drafted, value, old)
-
-    return GuardState(
-      inner=self.policy.update(state.inner, outcome),
-      tokens=mixed(state.tokens, tokens),
-      time_ms=mixed(state.time_ms, time_ms),
     )

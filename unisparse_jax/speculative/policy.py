@@ -314,6 +314,7 @@ class HeteroSpec(StatelessPolicy):
 
 
 def check_table(depth: np.ndarray, nodes: np.ndarray, shape: tree.TreeShape):
+  """Raises ValueError where a table asks for more than a shape has."""
   checks.require(
     bool(np.all(depth <= shape.max_depth)),
     "depth",

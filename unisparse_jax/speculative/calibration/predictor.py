@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from unisparse_jax.speculative import adaptive
+from unisparse_jax.speculative import adaptive, gated
 from unisparse_jax.speculative.calibration import artefact as artefact_lib
 from unisparse_jax.speculative.calibration import costs as costs_lib
 from unisparse_jax.speculative.calibration import replay, search
@@ -189,14 +189,14 @@ def bandit_choices(
 
 
 def from_artefact(
-  artefact: artefact_lib.Artefact, *, batch: int, guard: bool
-) -> adaptive.Guarded:
+  artefact: artefact_lib.Artefact, *, batch: int, gate: bool
+) -> gated.Gated:
   """The predictive policy that a calibration stored.
 
   Args:
     artefact: with a predictor in `about`.
     batch: rows that are decoded together.
-    guard: stop drafting where plain decoding is faster; without it the policy
+    gate: stop drafting where plain decoding is faster; without it the policy
       always drafts, in the same compiled program.
   """
   stored = artefact.about["predictor"]
@@ -218,8 +218,12 @@ def from_artefact(
     rate=float(stored["rates"][str(costs.batch)]),
     width=artefact.width,
     drafter_hash=artefact.drafter_hash,
+    shared=not costs.packed,
   )
-  guarded = adaptive.Guarded.create(inner, costs)
-  if not guard:
-    guarded = dataclasses.replace(guarded, plain_ms=jnp.float32(np.inf))
-  return guarded
+  pays_from = float(stored["step_ms"][str(costs.batch)]) / costs.plain_ms
+  return gated.Gated(
+    policy=inner,
+    min_tokens=jnp.float32(pays_from if gate else 0.0),
+    period=jnp.int32(32),
+    decay=jnp.float32(0.9),
+  )

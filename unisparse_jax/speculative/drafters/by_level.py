@@ -173,9 +173,8 @@ def draft_by_level(
   if shape.max_depth > shape.base_depth:
     deepest = jnp.max(jnp.where(context.active, decision.depth, 0))
     deepest = jnp.minimum(deepest, shape.max_depth)
-    carry = lax.while_loop(
-      lambda carry: carry.frontier.level < deepest, deepen, carry
-    )
+    extra = shape.max_depth - shape.base_depth
+    carry = _extend(carry, deepest, deepen, extra, unroll=shape.unroll)
   # [1, pool_size] against [batch, 1]
   too_deep = jnp.asarray(_pool_levels(shape))[None, :] > decision.depth[:, None]
   pool = dataclasses.replace(
@@ -188,6 +187,23 @@ def draft_by_level(
     score=evidence.score,
     levels=carry.frontier.level,
   )
+
+
+def _extend(carry: _Carry, deepest, deepen, extra: int, *, unroll: bool):
+  """Up to `extra` more levels, while the frontier is above `deepest`."""
+
+  def wants_more(carry: _Carry):
+    return carry.frontier.level < deepest
+
+  if not unroll:
+    return lax.while_loop(wants_more, deepen, carry)
+  if extra == 0:
+    return carry
+
+  def one_more(carry: _Carry):
+    return _extend(deepen(carry), deepest, deepen, extra - 1, unroll=True)
+
+  return lax.cond(wants_more(carry), one_more, lambda carry: carry, carry)
 
 
 def _pool_levels(shape: tree.TreeShape) -> np.ndarray:

@@ -139,6 +139,8 @@ class Eagle(by_level.LevelDrafter):
         jnp.broadcast_to(causal, (batch, n, n)),
       )
     out = head.finish(features, attended)
+    # Writes come after every read of the buffers, or XLA copies them whole.
+    out, k, v = jax.lax.optimization_barrier((out, k, v))
     slots = state.lengths[:, None] + steps[None, :]
     # Entries that are junk go past the end, where writes are dropped.
     slots = jnp.where(steps[None, :] < counts[:, None], slots, state.k.shape[2])
