@@ -178,6 +178,40 @@ class Setup:
       log_trees: see `speculative.generate`.
       limit: steps to take; default until all rows are done.
     """
+    arguments = dict(
+      drafter=drafter,
+      policy=policy,
+      shape=shape,
+      tokens=tokens,
+      lengths=lengths,
+      keys=keys,
+      temperature=temperature,
+      new_tokens=new_tokens,
+      dtype=dtype,
+      log_trees=log_trees,
+      limit=limit,
+    )
+    if dtype == "float32":
+      # Or a GPU would round the factors of products to 10 bits.
+      with jax.default_matmul_precision("highest"):
+        return self._call(**arguments)
+    return self._call(**arguments)
+
+  def _call(
+    self,
+    *,
+    drafter,
+    policy,
+    shape,
+    tokens,
+    lengths,
+    keys,
+    temperature,
+    new_tokens,
+    dtype,
+    log_trees,
+    limit,
+  ) -> Call:
     target = self.target(dtype)
     sampler: models.Sampler = models.Greedy()
     if temperature:

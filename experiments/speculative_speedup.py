@@ -97,7 +97,7 @@ def measure_all(
     return found, path
   measurer = speculative_speedup_run.Measurer(config, path, found)
   writer = records.RecordWriter(file, identity)
-  measurer.warm(missing)
+  warmed = None
   for number, step in enumerate(missing, start=1):
     spent = time.monotonic() - start
     if config.max_seconds is not None and spent > config.max_seconds:
@@ -106,6 +106,9 @@ def measure_all(
         "used up. The same command goes on."
       )
       break
+    if step.place != warmed:
+      warmed = step.place
+      measurer.warm([other for other in missing if other.place == warmed])
     begin = time.perf_counter()
     values = measurer.measure(step)
     seconds = time.perf_counter() - begin

@@ -43,6 +43,11 @@ class Step:
     """Identifies the measurement."""
     return dataclasses.astuple(self)
 
+  @property
+  def place(self) -> tuple:
+    """What is measured in one go, after its programs were compiled."""
+    return (self.kind, self.batch, self.temperature)
+
   def __str__(self) -> str:
     return (
       f"{self.kind} {self.method}, {self.domain}, batch {self.batch}, "
@@ -67,7 +72,8 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
   def steps(kind, places):
     for batch, temperature in places:
       for method in methods:
-        if method in config.few and (batch, temperature) not in few_at:
+        is_few = method in config.few and kind == "speed"
+        if is_few and (batch, temperature) not in few_at:
           continue
         for domain in config.domains:
           yield Step(
@@ -85,15 +91,13 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
       for t in config.temperatures
       for batch in config.exact_batches
     ]
-  first = [p for p in places if p[0] in (1, 16)]
+  # What matters most comes first, should the budget end.
+  first = [p for p in places if p[0] in (1, 16) and p[1] == 0.0]
   rest = [p for p in places if p not in first]
+  repeated = ("fixed_same", "fixed_best", "eagle2", "joint")
   return [
     *steps("speed", first),
-    *(
-      step
-      for step in steps("exact", exact)
-      if step.method not in ("fixed_same", "fixed_best", "eagle2", "joint")
-    ),
+    *(s for s in steps("exact", exact) if s.method not in repeated),
     *steps("speed", rest),
   ]
 

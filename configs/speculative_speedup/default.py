@@ -69,7 +69,7 @@ def get_config():
   config.short_prompt = 256
   config.new_tokens = 256
   config.exact_prompts = 4
-  config.exact_batches = (1, 4)
+  config.exact_batches = (4,)
   config.exact_new_tokens = 64
   config.dtype = "bfloat16"
   config.compile_threads = 6

@@ -26,16 +26,16 @@ def get_config():
   config.fixed_depth = 3
   config.fixed_nodes = 15
   config.domains = ("code", "word_problems")
-  config.batches = (1, 2)
-  config.few_at = ((1, 0.0),)
+  config.batches = (2,)
+  config.few_at = ((2, 0.0),)
   config.prompts = 2
   config.batch_1_prompts = 1
   config.prompt_len = 64
   config.short_prompt = 32
   config.new_tokens = 24
-  config.exact_prompts = 1
-  config.exact_batches = (1,)
-  config.exact_new_tokens = 16
+  # The same programs as those that are timed.
+  config.exact_prompts = 2
+  config.exact_batches = (2,)
+  config.exact_new_tokens = 24
   config.dtype = "float32"
-  config.compile_threads = 2
   return config

@@ -143,7 +143,7 @@ def _write(
   cache = models.KVCache.init(
     model.config,
     batch=batch,
-    capacity=prompt_len + new_tokens,
+    capacity=prompt_len + new_tokens + 1,
     dtype=model.dtype,
   )
   logits, cache = model(
@@ -154,6 +154,8 @@ def _write(
     logits_for="last",
     cache_is_empty=True,
   )
+
+  own = jnp.ones((batch, 1, 1), bool)
 
   def draw(step, logits):
     noise = jax.random.gumbel(
@@ -172,12 +174,11 @@ def _write(
     written = lax.dynamic_update_slice(written, token[:, None], (0, step))
     counts = counts + jnp.where(done, 0, 1)
     done = done | (token == eos_id)
-    logits, cache = model(
-      token[:, None],
-      cache=cache,
-      lengths=jnp.where(done, 0, 1),
-      logits_for="last",
+    out = models.tree_forward(
+      model, token[:, None], cache.lengths[:, None], own, cache
     )
+    cache = cache.append(out.k, out.v, jnp.where(done, 0, 1))
+    logits = model.logits(out.hidden[:, 0])
     return step + 1, logits, done, written, counts, cache
 
   carry = (
@@ -186,7 +187,7 @@ def _write(
     jnp.zeros((batch,), bool),
     jnp.full((batch, new_tokens), eos_id, jnp.int32),
     jnp.zeros((batch,), jnp.int32),
-    cache,
+    models.TreeCache.from_cache(cache),
   )
   _, _, _, written, counts, _ = lax.while_loop(is_running, body, carry)
   return written, counts
