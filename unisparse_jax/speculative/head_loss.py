@@ -155,11 +155,11 @@ def layer_step(head, tokens, features, firsts, later, step: int, attention_fn):
     )
   else:
     own = ([*(x for x, _ in later), k], [*(x for _, x in later), v])
-    attended = _attend(q, *firsts, *own)
+    attended = attend_unrolled(q, *firsts, *own)
   return head.finish(features, attended), k, v
 
 
-def _attend(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
+def attend_unrolled(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
   """Causal attention to k, and to one key of each of own_k: the query's own."""
   seq_len = q.shape[1]
   own_k, own_v = jnp.stack(own_k, axis=2), jnp.stack(own_v, axis=2)
