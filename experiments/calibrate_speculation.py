@@ -145,13 +145,13 @@ def measured_costs(
     if batch in done:
       result.append(calibration.costs.from_mapping(done[batch]["costs"]))
       continue
-    names = (config.domains * batch)[:batch]
-    tokens, lengths = setup.padded(
-      [
-        setup.prompts(name, count=i // len(config.domains) + 1, use="time")[-1]
-        for i, name in enumerate(names)
-      ]
-    )
+    count = -(-batch // len(config.domains))
+    made = [
+      setup.prompts(name, count=count, use="time") for name in config.domains
+    ]
+    # All domains in turn.
+    turns = [prompt for turn in zip(*made, strict=True) for prompt in turn]
+    tokens, lengths = setup.padded(turns[:batch])
     shape = config.shape_for(batch)
     common = dict(
       shape=shape,
@@ -231,7 +231,7 @@ def fit(
     min_leaf=settings.min_leaf,
     criterion=settings.criterion,
   )
-  depths = range(shape.base_depth, shape.max_depth + 1)
+  depths = range(shape.base_depth, (shape.max_depth or 0) + 1)
   # A bucket is filled; smaller trees matter where rows share one.
   nodes = {0, *(bucket - 1 for bucket in shape.buckets)}
   if config.packed:

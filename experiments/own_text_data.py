@@ -33,6 +33,7 @@ class GroupConfig:
     min_prompt_len: tokens of the shortest prompt.
     prompt_len: tokens of the longest.
     new_tokens: most tokens that the target writes.
+    time_share: of the budget, against the other groups.
   """
 
   name: str
@@ -42,8 +43,12 @@ class GroupConfig:
   min_prompt_len: int
   prompt_len: int
   new_tokens: int
+  time_share: float = 1.0
 
   def __post_init__(self):
+    checks.require(
+      self.time_share > 0, "time_share", "be above 0", self.time_share
+    )
     for field in ("rows", "batch_size", "min_prompt_len", "new_tokens"):
       checks.check_positive_int(field, getattr(self, field))
     checks.require(
@@ -145,7 +150,8 @@ def write_groups(
       continue
     until = None
     if max_seconds is not None:
-      until = start + max_seconds * (number + 1) / len(configs)
+      shares = np.cumsum([c.time_share for c in configs])
+      until = start + max_seconds * float(shares[number] / shares[-1])
     group = _write_group(
       config,
       target,

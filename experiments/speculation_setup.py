@@ -55,6 +55,7 @@ class Setup:
     self.folder = long_context_config.model_folder(config.target)
     self._workdir = workdir
     self._targets: dict[str, models.Decoder] = {}
+    self._prompts: dict[tuple[str, int, str], list[np.ndarray]] = {}
     self._drafters: dict[tuple[str, str], Any] = {}
 
   @functools.cached_property
@@ -121,17 +122,21 @@ class Setup:
       count: how many; the first ones do not depend on it.
       use: such as "measure" or "calibrate".
     """
+    if (domain, count, use) in self._prompts:
+      return self._prompts[domain, count, use]
     size = self.config.short_prompt
     if domain == "long_context":
       size = self.config.prompt_len
     seed = hashlib.sha256(f"{self.config.seed} {use} {domain}".encode())
-    return own_text_data.make_prompts(
+    made = own_text_data.make_prompts(
       self.corpus,
       [domain] * count,
       [size] * count,
       int.from_bytes(seed.digest()[:4], "little"),
       num_processes=1,
     )
+    self._prompts[domain, count, use] = made
+    return made
 
   def padded(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """tokens int32 [batch, prompt_len] and lengths int32 [batch]."""

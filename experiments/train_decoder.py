@@ -76,7 +76,9 @@ def main(argv):
     result.seconds,
     result.reason,
   )
-  if result.finished:
+  # A run on a budget that was told to stop leaves what it has.
+  is_cut = train_config.fit_budget and result.reason.startswith("SIG")
+  if result.finished or is_cut:
     tokenizer = corpus.tokenizer
     folder = training.export(
       result.model,

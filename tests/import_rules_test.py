@@ -12,11 +12,17 @@ ALLOWED = {
   "unisparse_jax.tasks": (),
   "unisparse_jax.data": ("unisparse_jax.tasks",),
   "unisparse_jax.models": ("pallas_kernels", "unisparse_jax.attention"),
+  "unisparse_jax.speculative": (
+    "pallas_kernels",
+    "unisparse_jax.attention",
+    "unisparse_jax.models",
+  ),
   "unisparse_jax.training": (
     "pallas_kernels",
     "unisparse_jax.attention",
     "unisparse_jax.models",
     "unisparse_jax.records",
+    "unisparse_jax.speculative",
   ),
   "unisparse_jax.evaluation": (
     "pallas_kernels",

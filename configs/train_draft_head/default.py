@@ -21,11 +21,12 @@ def get_config():
       dict(
         name="short",
         domains=("code", "docs", "word_problems", "tables"),
-        rows=24_576,
+        rows=16_384,
         batch_size=512,
         min_prompt_len=32,
         prompt_len=256,
         new_tokens=384,
+        time_share=3.0,
       ),
       dict(
         name="long",
@@ -39,7 +40,7 @@ def get_config():
     ),
     seed=0,
     temperatures=(0.0, 0.0, 0.6, 1.0),
-    max_seconds=100.0,
+    max_seconds=120.0,
     num_processes=config_dict.placeholder(int),
   )
   config.head = dict(

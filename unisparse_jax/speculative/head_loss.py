@@ -162,7 +162,8 @@ def layer_step(head, tokens, features, firsts, later, step: int, attention_fn):
 def attend_unrolled(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
   """Causal attention to k, and to one key of each of own_k: the query's own."""
   seq_len = q.shape[1]
-  own_k, own_v = jnp.stack(own_k, axis=2), jnp.stack(own_v, axis=2)
+  # [batch, seq_len, num_own, num_kv_heads, head_dim]
+  all_k, all_v = jnp.stack(own_k, axis=2), jnp.stack(own_v, axis=2)
   parts = []
   for start in range(0, seq_len, _QUERY_CHUNK):
     stop = min(start + _QUERY_CHUNK, seq_len)
@@ -173,8 +174,8 @@ def attend_unrolled(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
         q[:, start:stop],
         k[:, :stop],
         v[:, :stop],
-        own_k[:, start:stop],
-        own_v[:, start:stop],
+        all_k[:, start:stop],
+        all_v[:, start:stop],
       )
     )
   return jnp.concatenate(parts, axis=1)
