@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from unisparse_jax import speculative
-from unisparse_jax.speculative import tree
 from unisparse_jax.speculative import policy as policy_lib
+from unisparse_jax.speculative import tree
 
 SHAPE = speculative.TreeShape(width=10, base_depth=8, max_depth=12)
 THRESHOLDS = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from unisparse_jax import models, training
-from unisparse_jax.training import head_loop
+from unisparse_jax.training import head_batches
 
 CONFIG = models.DecoderConfig(
   vocab_size=32,
@@ -115,8 +115,8 @@ def test_overfits_one_batch(target, groups, tmp_path):
 def test_batches_depend_on_the_step_alone(groups):
   two = {"a": groups["short"], "b": groups["short"]}
   config = make_config(steps=12, batch_tokens=48)
-  batches = head_loop.Batches(two, config)
-  again = head_loop.Batches(two, config)
+  batches = head_batches.Batches(two, config)
+  again = head_batches.Batches(two, config)
   names = [batches[i][0] for i in range(12)]
   assert names.count("a") == names.count("b") == 6
   for i in (11, 3, 7):
@@ -127,7 +127,7 @@ def test_batches_depend_on_the_step_alone(groups):
   rows = [batches[i][1]["tokens"] for i in range(12) if names[i] == "a"][:2]
   assert len(np.unique(np.concatenate(rows), axis=0)) == 4
   with pytest.raises(ValueError, match="texts of a must fill a batch"):
-    head_loop.Batches(two, make_config(batch_tokens=24 * 5))
+    head_batches.Batches(two, make_config(batch_tokens=24 * 5))
 
 
 @pytest.mark.parametrize(
