@@ -33,14 +33,20 @@ def get_config():
   config.corpus = "out/target/data/corpus"
   config.artefact = "out/calibration/policy.json"
   config.shape = dict(
-    width=8, base_depth=5, max_depth=10, buckets=(1, 16, 32, 64)
+    width=8, base_depth=6, max_depth=10, buckets=(1, 16, 32, 64)
   )
+  # Rows of these batches share one verification of so many nodes.
+  config.packed = ((16, 16, 192, 512, 1024), (64, 64, 512, 1536, 4096))
   config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
   config.static_shape = dict(
     width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
   )
   config.calibration = dict(
-    prompts=32, new_tokens=128, batch_size=16, temperatures=(0.0, 1.0)
+    prompts=32,
+    new_tokens=128,
+    batch_size=16,
+    temperatures=(0.0, 1.0),
+    alpha=4,  # Levels 10, 9, 8 where drafts are sure, else 6.
   )
   config.fixed_depth = 8
   config.fixed_nodes = 60

@@ -20,8 +20,9 @@ def get_config():
     buckets=(1, 8),
     static_levels=(((0, 0), (0, 1)), ((0, 0), (0, 1), (1, 0))),
   )
+  config.packed = ((2, 2, 12, 32),)
   config.calibration.update(
-    prompts=2, new_tokens=24, batch_size=4, timed_steps=4
+    alpha=0, prompts=2, new_tokens=24, batch_size=4, timed_steps=4
   )
   config.fixed_depth = 3
   config.fixed_nodes = 15
