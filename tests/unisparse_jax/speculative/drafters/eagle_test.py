@@ -2,6 +2,7 @@
 """The head drafts with a cache what it computes unrolled in training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from unisparse_jax import attention, models
 from unisparse_jax.speculative import eagle_head, head_loss, policy, tree
-from unisparse_jax.speculative.drafters import base, eagle
+from unisparse_jax.speculative.drafters import base, by_level, eagle
 
 CONFIG = models.DecoderConfig(
   vocab_size=48,
@@ -40,6 +41,20 @@ def make(**flags):
   return target, nnx.merge(graphdef, state)
 
 
+@jax.jit
+def make_taps(target, tokens):
+  taps = models.tap_layers(CONFIG.num_layers)
+  return target.hidden_states_and_taps(tokens, taps=taps, attention_fn=DENSE)[2]
+
+
+@functools.partial(jax.jit, static_argnames="is_prefill")
+def extend(drafter, target, state, given, is_prefill):
+  return drafter.extend(
+    target, state, given, is_prefill=is_prefill, attention_fn=DENSE
+  )
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
 def unrolled_logits(head, tokens, taps, num_steps):
   """[num_steps, batch, seq_len, vocab] by the training code."""
   features, firsts, later, out = head.fused(taps), (), [], []
@@ -75,45 +90,44 @@ def committed(tokens, taps, start, counts, n):
 
 
 @pytest.mark.parametrize(
-  "flags",
-  [{}, {"norm_before_fusion": True, "feed_back_normed": True, "mlp_dim": 24}],
+  ("num_steps", "flags"),
+  [
+    (4, {}),
+    (
+      2,
+      {"norm_before_fusion": True, "feed_back_normed": True, "mlp_dim": 24},
+    ),
+  ],
 )
-def test_drafting_equals_the_training_unroll(flags):
+def test_drafting_equals_the_training_unroll(num_steps, flags):
   target, head = make(**flags)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, 48, (2, 24)), jnp.int32)
-  _, _, taps = target.hidden_states_and_taps(
-    tokens, taps=head.config.tap_layers, attention_fn=DENSE
-  )
-  num_steps = 4
+  taps = make_taps(target, tokens)
   expected = unrolled_logits(head, tokens, taps, num_steps)
 
   # Prompts of 7 and 9 tokens, then 3 and 2 accepted ones (of 4 slots).
   drafter = eagle.Eagle(head=head)
   prompt, extra = jnp.array([7, 9]), jnp.array([3, 2])
   state = drafter.init(target, batch=2, capacity=24)
-  state = drafter.extend(
+  state = extend(
+    drafter,
     target,
     state,
     committed(tokens, taps, jnp.zeros(2, jnp.int32), prompt, 9),
-    is_prefill=True,
-    attention_fn=DENSE,
+    True,
   )
-  state = drafter.extend(
-    target,
-    state,
-    committed(tokens, taps, prompt, extra, 4),
-    is_prefill=False,
-    attention_fn=DENSE,
+  state = extend(
+    drafter, target, state, committed(tokens, taps, prompt, extra, 4), False
   )
   done = prompt + extra
   np.testing.assert_array_equal(state.lengths, done)
-  unchanged = drafter.extend(
+  unchanged = extend(
+    drafter,
     target,
     state,
     committed(tokens, taps, done, jnp.zeros(2, jnp.int32), 4),
-    is_prefill=False,
-    attention_fn=DENSE,
+    False,
   )
   for old, new in zip(
     jax.tree.leaves(state), jax.tree.leaves(unchanged), strict=True
@@ -133,13 +147,12 @@ def test_drafting_equals_the_training_unroll(flags):
   got, _, scratch = drafter.start(target, state, context, shape)
   np.testing.assert_array_equal(got, wanted)
   slots = shape.num_slots
+  grow = jax.jit(lambda *a: drafter.grow(target, state, *a, shape))
   for step in range(1, num_steps):
     level = jnp.int32(step)
     chain = (jnp.arange(slots) < step * 2) & (jnp.arange(slots) % 2 == 0)
     frontier = _frontier(tokens, done, step, level, chain)
-    got, log_probs, scratch = drafter.grow(
-      target, state, scratch, frontier, shape
-    )
+    got, log_probs, scratch = grow(scratch, frontier)
     wanted_logits = expected[step][rows, done - 1]
     wanted, wanted_log_probs = base.top_children(wanted_logits, 2)
     np.testing.assert_array_equal(got[:, 0], wanted)
@@ -147,8 +160,6 @@ def test_drafting_equals_the_training_unroll(flags):
 
 
 def _frontier(tokens, done, step, level, chain):
-  from unisparse_jax.speculative.drafters import by_level
-
   token = jnp.take_along_axis(tokens, (done + step)[:, None], axis=1)
   zeros = jnp.zeros((2, 2), jnp.float32)
   return by_level.Frontier(
@@ -168,9 +179,7 @@ def _frontier(tokens, done, step, level, chain):
 def test_a_shifted_position_would_show():
   target, head = make()
   tokens = jnp.asarray(np.arange(20)[None] % 48, jnp.int32)
-  _, _, taps = target.hidden_states_and_taps(
-    tokens, taps=head.config.tap_layers, attention_fn=DENSE
-  )
+  taps = make_taps(target, tokens)
   expected = unrolled_logits(head, tokens, taps, 1)
   drafter = eagle.Eagle(head=head)
   state = drafter.init(target, batch=1, capacity=20)
@@ -179,9 +188,7 @@ def test_a_shifted_position_would_show():
     dataclasses.replace(given, next_tokens=given.tokens),
     dataclasses.replace(given, counts=jnp.array([7])),
   ):
-    state_wrong = drafter.extend(
-      target, state, wrong, is_prefill=True, attention_fn=DENSE
-    )
+    state_wrong = extend(drafter, target, state, wrong, True)
     difference = head.logits(state_wrong.out)[0] - expected[0, 0, 7]
     assert float(jnp.abs(difference).max()) > 1e-2
 
@@ -192,15 +199,13 @@ def test_drafts_by_level_under_jit():
   shape = tree.TreeShape(width=3, base_depth=2, max_depth=3, buckets=(1, 8))
   drafter.check(target, shape)
   tokens = jnp.asarray(np.arange(16)[None] % 48, jnp.int32)
-  _, _, taps = target.hidden_states_and_taps(
-    tokens, taps=head.config.tap_layers, attention_fn=DENSE
-  )
-  state = drafter.extend(
+  taps = make_taps(target, tokens)
+  state = extend(
+    drafter,
     target,
     drafter.init(target, batch=1, capacity=32),
     committed(tokens, taps, jnp.zeros(1, jnp.int32), jnp.array([10]), 12),
-    is_prefill=True,
-    attention_fn=DENSE,
+    True,
   )
   context = base.Context(
     tokens=tokens,
