@@ -19,6 +19,8 @@ from unisparse_jax.models.sampling import Sampler as Sampler
 from unisparse_jax.models.sampling import Temperature as Temperature
 from unisparse_jax.models.sampling import TopK as TopK
 from unisparse_jax.models.sampling import TopP as TopP
+from unisparse_jax.models.sampling import noise_at as noise_at
+from unisparse_jax.models.sampling import row_keys as row_keys
 from unisparse_jax.models.tree_forward import Packing as Packing
 from unisparse_jax.models.tree_forward import Scratch as Scratch
 from unisparse_jax.models.tree_forward import TreeCache as TreeCache

@@ -44,7 +44,7 @@ class Oracle(policy_lib.StatelessPolicy):
       reference=jnp.asarray(reference, jnp.int32),
       prompt_lengths=jnp.asarray(prompt_lengths, jnp.int32),
       base_depth=shape.base_depth,
-      max_depth=int(shape.max_depth or shape.base_depth),
+      max_depth=shape.max_depth,
       max_nodes=shape.max_nodes,
     )
 

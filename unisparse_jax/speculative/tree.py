@@ -32,7 +32,7 @@ class TreeShape:
     width: children taken of each expanded node, and nodes expanded a level.
       1 gives a chain.
     base_depth: levels drafted before the policy decides.
-    max_depth: deepest level that a policy may ask for; default base_depth.
+    max_depth: deepest level that a policy may ask for; 0: base_depth.
     buckets: numbers of nodes, root included, that verification is compiled
       for; ascending. The last one is the largest tree.
     static_levels: per level, (index in the level above, rank of the child) of
@@ -48,7 +48,7 @@ class TreeShape:
 
   width: int = 10
   base_depth: int = 8
-  max_depth: int | None = None
+  max_depth: int = 0
   buckets: tuple[int, ...] = (1, 24, 40, 64)
   static_levels: tuple[tuple[tuple[int, int], ...], ...] = ()
   packed: tuple[int, ...] = ()
@@ -57,9 +57,9 @@ class TreeShape:
   def __post_init__(self):
     checks.check_positive_int("width", self.width)
     checks.check_positive_int("base_depth", self.base_depth)
-    if self.max_depth is None:
+    checks.check_non_negative_int("max_depth", self.max_depth)
+    if self.max_depth == 0:
       object.__setattr__(self, "max_depth", self.base_depth)
-    checks.check_positive_int("max_depth", self.max_depth)
     checks.require(
       self.max_depth >= self.base_depth,
       "max_depth",

@@ -16,6 +16,7 @@ CONFIG = models.DecoderConfig(
   num_kv_heads=2,
   head_dim=8,
   max_len=64,
+  tie_embeddings=False,  # tied, random weights repeat their last token
 )
 
 

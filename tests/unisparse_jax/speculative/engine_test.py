@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.unisparse_jax.speculative import drafters_for_tests
 from unisparse_jax import models, speculative
 from unisparse_jax.speculative import engine
 from unisparse_jax.speculative.drafters import base
 
-VOCAB, NEW, BATCH, EOS = 24, 20, 4, 3
+VOCAB, NEW, BATCH, EOS = 24, 20, 4, (10, 11)
+# Where sizes do not matter, one compiles a third as long as three.
+ONE_SIZE = speculative.TreeShape(
+  width=3, base_depth=2, max_depth=4, buckets=(13,)
+)
 SHAPE = speculative.TreeShape(
   width=3, base_depth=2, max_depth=4, buckets=(1, 6, 13)
 )
@@ -86,13 +91,13 @@ def run(target, drafter, prompts, *, policy=None, lengths=LENGTHS, **kwargs):
 
 def num_valid(plain):
   """Tokens up to and with the first EOS of every row."""
-  ends = np.argmax(plain == EOS, axis=1)
-  return np.where((plain == EOS).any(axis=1), ends + 1, plain.shape[1])
+  is_end = np.isin(plain, EOS)
+  return np.where(is_end.any(axis=1), np.argmax(is_end, axis=1) + 1, NEW)
 
 
 def test_the_setup_has_rows_that_end_early(plain):
   counts = num_valid(plain)
-  assert counts.min() < NEW and counts.max() == NEW
+  assert counts.tolist() == [20, 10, 20, 7]
 
 
 def test_perfect_drafter(target, prompts, plain, make_drafter):
@@ -170,7 +175,7 @@ def test_limits_of_each_row(target, prompts, plain, mixed):
     np.testing.assert_array_equal(
       result.tokens[row, :count], plain[row, :count]
     )
-    assert (result.tokens[row, count:] == EOS).all()
+    assert (result.tokens[row, count:] == EOS[0]).all()
 
 
 def test_permuting_rows_permutes_the_output(target, prompts, plain, mixed):
@@ -215,10 +220,10 @@ def test_stop_text(target, prompts, plain, mixed):
     detokenize=lambda tokens: "".join(f"<{token}>" for token in tokens),
     steps_per_chunk=3,
   )
-  assert int(result.num_tokens[row]) <= at + 2
   count = int(result.num_tokens[row])
+  assert count == at + 2  # the text is not there before
   np.testing.assert_array_equal(result.tokens[row, :count], plain[row, :count])
-  assert (result.tokens[row, count:] == EOS).all()
+  assert (result.tokens[row, count:] == EOS[0]).all()
 
 
 def test_junk_in_the_cache_is_never_read(target, prompts, plain, mixed):
@@ -292,6 +297,7 @@ def test_rows_equal_their_own_batch_of_one(target, prompts, plain, mixed):
       drafter,
       prompts[row : row + 1],
       lengths=LENGTHS[row : row + 1],
+      shape=ONE_SIZE,
     )
     np.testing.assert_array_equal(one.tokens[0], plain[row])
 
@@ -327,6 +333,7 @@ def test_sampled_output_is_that_of_plain_sampling(
       rng_key=key,
       eos_id=None,
       log_trees=True,
+      shape=ONE_SIZE,
     )
     np.testing.assert_array_equal(result.tokens, expected)
   # A row's own key is what one key stands for.
@@ -339,6 +346,7 @@ def test_sampled_output_is_that_of_plain_sampling(
     rng_key=keys,
     eos_id=None,
     log_trees=True,
+    shape=ONE_SIZE,
   )
   np.testing.assert_array_equal(result.tokens, expected)
   check_tree_log(result.log)
@@ -360,7 +368,7 @@ def check_tree_log(log):
 
 
 def test_packed_rows_share_a_budget(target, prompts, plain, mixed):
-  shape = dataclasses.replace(SHAPE, packed=(4, 10, 24))
+  shape = dataclasses.replace(SHAPE, packed=(10, 24))
   result = run(target, mixed, prompts, shape=shape)
   np.testing.assert_array_equal(result.tokens, plain)
   asked = np.maximum(result.log.column("nodes"), 0).sum(axis=1)
@@ -372,10 +380,11 @@ def test_packed_rows_share_a_budget(target, prompts, plain, mixed):
 
 
 def test_small_decoder_adapts_its_depth(target, other_model, prompts):
+  shape = dataclasses.replace(SHAPE, max_depth=3, buckets=(13,))
   expected = models.generate(
     target, prompts, max_new_tokens=NEW, lengths=LENGTHS
   )
-  policy = hetero([4, 3, 2, 2, 2, 2, 2, 1], [4, 12, 9, 9, 9, 6, 3, 0])
+  policy = hetero([3, 3, 2, 2, 2, 2, 2, 1], [4, 12, 9, 9, 9, 6, 3, 0])
   seen = {}
   for name, model in (("same", target), ("other", other_model)):
     session = speculative.prepare(
@@ -383,9 +392,9 @@ def test_small_decoder_adapts_its_depth(target, other_model, prompts):
       speculative.SmallDecoder(model=model),
       prompts,
       max_new_tokens=NEW,
-      shape=SHAPE,
+      shape=shape,
       policy=dataclasses.replace(
-        policy, thresholds=jnp.linspace(0.6, 2.2, 7).astype(jnp.float32)
+        policy, thresholds=jnp.linspace(2.05, 2.19, 7).astype(jnp.float32)
       ),
       lengths=LENGTHS,
     ).run(2)
@@ -406,29 +415,31 @@ def test_small_decoder_adapts_its_depth(target, other_model, prompts):
 
 def test_oracle_accepts_as_much_with_fewer_nodes(target, prompts, plain, mixed):
   oracle = speculative.Oracle.create(plain, LENGTHS, SHAPE)
-  result = run(target, mixed, prompts, policy=oracle)
+  result = run(target, mixed, prompts, policy=oracle, shape=ONE_SIZE)
   np.testing.assert_array_equal(result.tokens, plain)
   best = speculative.summarize(result.log)
   full = speculative.summarize(run(target, mixed, prompts).log)
   assert best["tokens_per_step"] >= 0.9 * full["tokens_per_step"]
   assert best["verified"] < 0.6 * full["verified"]
-  np.testing.assert_array_equal(
-    result.log.column("nodes")[result.log.column("num_emitted") > 0],
-    1
-    + result.log.column("terminal_rank")[result.log.column("num_emitted") > 0],
-  )
+  took = result.log.column("num_emitted") > 0
+  spare = result.log.column("nodes") - 1 - result.log.column("terminal_rank")
+  # None to spare, but where the reference goes on behind the end of a row.
+  assert (spare[took] >= 0).all() and (spare[took] == 0).mean() > 0.9
 
 
 def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, plain):
   policy = speculative.Gated(
-    policy=speculative.Fixed(depth=4, nodes=4), min_tokens=1.6, period=4
+    policy=speculative.Fixed(depth=4, nodes=4),
+    min_tokens=2.0,
+    period=4,
+    decay=0.5,
   )
   result = run(
     target,
-    speculative.PromptLookup(),
+    speculative.SuffixMatch(num_matches=4),
     prompts,
     policy=policy,
-    shape=speculative.TreeShape(width=1, base_depth=4, buckets=(1, 5)),
+    shape=speculative.TreeShape(width=1, base_depth=4, buckets=(5,)),
   )
   np.testing.assert_array_equal(result.tokens, plain)
   levels = result.log.column("draft_levels")
@@ -483,7 +494,7 @@ def test_policy_of_another_drafter(target, other_model, prompts):
     hetero(**DEEP),
     drafter_hash=base.fingerprint(speculative.SmallDecoder(model=target)),
   )
-  with pytest.raises(ValueError, match="^policy must be fitted for this draf"):
+  with pytest.raises(ValueError, match=r"^policy must be fitted for this"):
     run(target, drafter, prompts, policy=policy)
   again = speculative.SmallDecoder(model=target)
   assert base.fingerprint(again) == policy.drafter_hash
@@ -491,10 +502,8 @@ def test_policy_of_another_drafter(target, other_model, prompts):
 
 def test_drafter_of_another_vocabulary(target, prompts):
   config = dataclasses.replace(target.config, vocab_size=25)
-  from flax import nnx
-
   drafter = speculative.SmallDecoder(
     model=models.Decoder(config, rngs=nnx.Rngs(0))
   )
-  with pytest.raises(ValueError, match="^drafter vocab_size must serve the"):
+  with pytest.raises(ValueError, match=r"^drafter vocab_size must serve"):
     run(target, drafter, prompts)
