@@ -46,13 +46,18 @@ def main(argv):
     "target_sha256": long_context_config.weights_hash(folder),
     "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
   }
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
+  workdir = records.claim_workdir(
+    _WORKDIR.value, identity, free=["calibration.max_seconds"]
+  )
   flags_and_configs.start_jax(workdir)
   console = long_context.make_console()
   setup = speculation_setup.Setup(config, workdir)
+  deadline = None
+  if config.calibration.max_seconds is not None:
+    deadline = time.monotonic() + config.calibration.max_seconds
   log = logged_steps(setup, workdir, console)
   writer = records.RecordWriter(workdir / "calibration.jsonl", identity)
-  costs = measured_costs(setup, workdir, writer, console)
+  costs = measured_costs(setup, workdir, writer, console, deadline)
   artefact, comparison = speculation_fit.fit(setup, log, costs)
   for row in comparison:
     writer.write(kind="replay", **row)
@@ -133,35 +138,41 @@ def _fields(log) -> dict[str, np.ndarray]:
 
 
 def measured_costs(
-  setup: speculation_setup.Setup, workdir: pathlib.Path, writer, console
+  setup: speculation_setup.Setup,
+  workdir: pathlib.Path,
+  writer,
+  console,
+  deadline: float | None,
 ) -> list[calibration.StepCosts]:
-  """Times of a step by batch size, from fixed policies run in full."""
+  """Times of a step by batch size, from fixed policies run in full.
+
+  Past the deadline the batch sizes that are left go without; the artefact then
+  serves them by the next one that was measured.
+  """
   config, settings = setup.config, setup.config.calibration
   file = workdir / "calibration.jsonl"
   found = records.read(file) if file.exists() else []
   done = {r["batch"]: r for r in found if r["kind"] == "costs"}
+  calls = {batch: _timed_call(setup, batch) for batch in config.batches}
+  if config.compile_threads:
+    programs = []
+    for batch, common in calls.items():
+      if batch not in done:
+        programs.append({**common, "drafter": None, "policy": None})
+        table = setup.table(config.shape.base_depth, 0)
+        programs.append(
+          {**common, "drafter": speculation_setup.EAGLE, "policy": table}
+        )
+    setup.warm(programs, config.compile_threads)
   result = []
-  for batch in config.batches:
+  for batch, common in calls.items():
     if batch in done:
       result.append(calibration.costs.from_mapping(done[batch]["costs"]))
       continue
-    count = -(-batch // len(config.domains))
-    made = [
-      setup.prompts(name, count=count, use="time") for name in config.domains
-    ]
-    # All domains in turn.
-    turns = [prompt for turn in zip(*made, strict=True) for prompt in turn]
-    tokens, lengths = setup.padded(turns[:batch])
-    shape = config.shape_for(batch)
-    common = dict(
-      shape=shape,
-      tokens=tokens,
-      lengths=lengths,
-      keys=setup.keys("code", 2_000_000, batch),
-      temperature=0.0,
-      new_tokens=config.new_tokens,
-      dtype=config.dtype,
-    )
+    if result and deadline is not None and time.monotonic() > deadline:
+      console.print(f"batch {batch}: not timed, max_seconds is used up")
+      continue
+    shape = common["shape"]
     plain = _best(setup, drafter=None, policy=None, **common)
     plain_ms = 1e3 * plain.seconds / (config.new_tokens - 1)
     measurements = []
@@ -198,6 +209,26 @@ def measured_costs(
     )
     result.append(costs)
   return result
+
+
+def _timed_call(setup: speculation_setup.Setup, batch: int) -> dict:
+  """Arguments of a call of `batch` rows, all domains in turn."""
+  config = setup.config
+  count = -(-batch // len(config.domains))
+  made = [
+    setup.prompts(name, count=count, use="time") for name in config.domains
+  ]
+  turns = [prompt for turn in zip(*made, strict=True) for prompt in turn]
+  tokens, lengths = setup.padded(turns[:batch])
+  return dict(
+    shape=config.shape_for(batch),
+    tokens=tokens,
+    lengths=lengths,
+    keys=setup.keys("code", 2_000_000, batch),
+    temperature=0.0,
+    new_tokens=config.new_tokens,
+    dtype=config.dtype,
+  )
 
 
 def _costs(costs) -> dict:

@@ -46,6 +46,7 @@ class Calibration:
     alpha: of the paper's rule; 0: ceil(base_depth / 2).
     first_bin: 0 or 1, the paper's two readings.
     held_out: share of the requests that policies are compared on.
+    max_seconds: after which no further batch size is timed. None: no limit.
   """
 
   prompts: int = 32
@@ -58,6 +59,7 @@ class Calibration:
   alpha: int = 0
   first_bin: int = 0
   held_out: float = 0.2
+  max_seconds: float | None = None
 
   def __post_init__(self):
     for name in ("prompts", "new_tokens", "batch_size", "timed_steps"):

@@ -46,6 +46,7 @@ def get_config():
     new_tokens=128,
     batch_size=16,
     temperatures=(0.0, 1.0),
+    max_seconds=config_dict.placeholder(float),
     alpha=4,  # Levels 10, 9, 8 where drafts are sure, else 6.
   )
   config.fixed_depth = 8
