@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from experiments import long_context_config
 from unisparse_jax import data, training
 from unisparse_jax.data import sources
 from unisparse_jax.data import tokenizer as tokenizer_lib
@@ -19,6 +20,9 @@ _LOG = logging.getLogger(__name__)
 def prepare_corpus(config: Mapping, vocab_size: int, folder: pathlib.Path):
   """Tokenizer and corpus under `folder`, made where they are missing."""
   tokenizer_file = folder / "tokenizer.json"
+  if not tokenizer_file.exists() and config.get("tokenizer"):
+    model = long_context_config.model_folder(config["tokenizer"])
+    data.Tokenizer.load(model).save(tokenizer_file)
   if not tokenizer_file.exists():
     _LOG.info("training the tokenizer")
     found = [s for s in sources.find_sources() if not s.held_out]

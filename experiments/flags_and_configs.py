@@ -49,7 +49,10 @@ def define() -> tuple[flags.FlagHolder, flags.FlagHolder]:
 
 
 def start_jax(workdir: str | os.PathLike | None = None):
-  """Sets logging and, where a folder is given, the compilation cache in it."""
+  """Sets logging and, where a folder is given, the compilation cache in it.
+
+  A cache that the environment names (JAX_COMPILATION_CACHE_DIR) stays.
+  """
   absl_logging.set_verbosity(
     absl_logging.WARNING
   )  # Orbax and grain are chatty.
@@ -57,7 +60,8 @@ def start_jax(workdir: str | os.PathLike | None = None):
     logging.getLogger(name).setLevel(logging.INFO)
   if workdir is not None:
     cache = pathlib.Path(workdir).absolute() / "compilation_cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+      jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -14,7 +14,7 @@ from experiments import figures, long_context_config
 from experiments import long_context_summary as summary
 
 Draw = Callable[..., Iterable[figures.Picture]]
-_ENVIRONMENT = (
+ENVIRONMENT = (
   "commit",
   "dirty",
   "platform",
@@ -23,7 +23,7 @@ _ENVIRONMENT = (
   "cpu_count",
   "versions",
 )
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
   max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; }
@@ -81,7 +81,7 @@ def render(
     "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
     "<meta name='viewport' content='width=device-width, initial-scale=1'>",
     f"<title>Sparse prefill attention: {_text(settings['model'])}</title>",
-    f"<style>{_STYLE}</style></head><body>",
+    f"<style>{STYLE}</style></head><body>",
     "<h1>Sparse prefill attention</h1>",
     f"<p class='note'>{_text(_subtitle(last, lengths))}</p>",
     *(f"<p>{_text(line)}</p>" for line in _headlines(rows)),
@@ -117,7 +117,7 @@ def render(
     "Prompts that dense attention answers fully and a pattern does not.",
     _wrong_answers(records),
   )
-  environment = {name: last[name] for name in _ENVIRONMENT}
+  environment = {name: last[name] for name in ENVIRONMENT}
   for title, value in (("Settings", settings), ("Environment", environment)):
     parts += _section(
       title, "", f"<pre>{_text(json.dumps(value, indent=2))}</pre>"

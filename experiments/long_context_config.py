@@ -222,6 +222,16 @@ def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
   return values
 
 
+def weights_hash(folder: pathlib.Path) -> str:
+  """Checksum of a checkpoint's weights."""
+  return _sha256(folder / _WEIGHTS)
+
+
+def file_hash(file: pathlib.Path) -> str:
+  """Checksum of any file."""
+  return _sha256(file)
+
+
 def _sha256(file: pathlib.Path) -> str:
   return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 

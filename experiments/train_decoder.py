@@ -19,7 +19,7 @@ from unisparse_jax import attention, data, models, records, training
 _LOG = logging.getLogger("experiments.train_decoder")
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _SECTIONS = ("model", "train", "data", "eval")
-_DATA_KEYS = ("seed", "packages", "extra_directories", "mixture")
+_DATA_KEYS = ("seed", "packages", "extra_directories", "mixture", "tokenizer")
 _EVAL_KEYS = ("seq_len", "rows", "batch_size", "task_lens", "task_rows")
 
 
@@ -76,7 +76,9 @@ def main(argv):
     result.seconds,
     result.reason,
   )
-  if result.finished:
+  # A run on a budget that was told to stop leaves what it has.
+  is_cut = train_config.fit_budget and result.reason.startswith("SIG")
+  if result.finished or is_cut:
     tokenizer = corpus.tokenizer
     folder = training.export(
       result.model,

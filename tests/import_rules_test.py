@@ -22,6 +22,7 @@ ALLOWED = {
     "unisparse_jax.attention",
     "unisparse_jax.models",
     "unisparse_jax.records",
+    "unisparse_jax.speculative",
   ),
   "unisparse_jax.evaluation": (
     "pallas_kernels",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code text, tokenizer and training rows. Nothing here imports jax."""
 
+from unisparse_jax.data import domains as domains
 from unisparse_jax.data.cache_builder import build_cache as build_cache
 from unisparse_jax.data.code_corpus import CodeCorpus as CodeCorpus
 from unisparse_jax.data.sources import (

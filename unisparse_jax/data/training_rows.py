@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from unisparse_jax import tasks
-from unisparse_jax.data import code_corpus
+from unisparse_jax.data import code_corpus, domains
 from unisparse_jax.tasks import line_tokens
 
 _MIN_TASK_LEN = 256
@@ -28,6 +28,9 @@ class Mixture:
 
   Attributes:
     code: weight of plain code; the other weights are named like their tasks.
+    docs: weight of documentation; see `domains`, for the next two as well.
+    word_problems: weight of arithmetic word problems.
+    tables: weight of tables in two notations.
     full_row: chance that a document may take all that is left of its row; else
       its length is drawn, each scale alike.
     stdlib: chance that plain code starts in the standard library rather than
@@ -49,6 +52,9 @@ class Mixture:
   fwe: float = 0.8
   qa_1: float = 1.0
   qa_2: float = 1.2
+  docs: float = 0.0
+  word_problems: float = 0.0
+  tables: float = 0.0
   full_row: float = 0.5
   stdlib: float = 0.2
   answer_weight: float = line_tokens.ANSWER_WEIGHT
@@ -68,8 +74,9 @@ class Mixture:
         raise ValueError(f"{name} must be in [0, 1]; got {name}={chance}.")
 
   def weights(self) -> dict[str, float]:
-    """Weight of "code" and of each task."""
-    return {name: getattr(self, name) for name in ("code", *tasks.TASKS)}
+    """Weight of "code", of each task and of each kind of text."""
+    names = ("code", *tasks.TASKS, *domains.TEXTS)
+    return {name: getattr(self, name) for name in names}
 
 
 class TrainingRows:
@@ -152,7 +159,9 @@ class TrainingRows:
     length = left
     if left > _MIN_TASK_LEN and rng.random() >= self.mixture.full_row:
       length = int(np.exp(rng.uniform(math.log(_MIN_TASK_LEN), math.log(left))))
-    if kind != "code" and length >= _MIN_TASK_LEN:
+    if kind in domains.TEXTS and length > 2:
+      return self._text(kind, rng, length)
+    if kind in tasks.TASKS and length >= _MIN_TASK_LEN:
       made = tasks.TASKS[kind].document(
         rng,
         self.corpus,
@@ -163,6 +172,14 @@ class TrainingRows:
       if made is not None:
         return made
     return self._code(rng, length)
+
+  def _text(self, kind, rng, length: int) -> tuple[np.ndarray, np.ndarray]:
+    tokenizer = self.corpus.tokenizer
+    body = domains.text(kind, rng, self.corpus, length - 2)
+    tokens = np.concatenate([[tokenizer.bos_id], body, [tokenizer.eos_id]])
+    weights = np.ones(len(tokens), np.float32)
+    weights[0] = 0.0
+    return tokens.astype(np.int32), weights
 
   def _code(self, rng, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Contiguous code from a random line on, neighbouring files after it."""

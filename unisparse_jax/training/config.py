@@ -41,7 +41,7 @@ class Stage:
 
   def __post_init__(self):
     for name in ("seq_len", "batch_size", "steps"):
-      _check_count(name, getattr(self, name), least=1)
+      check_count(name, getattr(self, name), least=1)
 
   @property
   def tokens_per_step(self) -> int:
@@ -81,6 +81,10 @@ class TrainConfig:
     prefetch: batches made ahead by each worker.
     max_seconds: wall-clock budget of one call of `train`, compilation
       included; None has no limit.
+    fit_budget: finish within max_seconds whatever the speed: the schedule and
+      the stages go by the larger of the shares of tokens and of time that are
+      used up, so that the learning rate decays fully and every stage gets its
+      share. The result then depends on the machine.
   """
 
   stages: tuple[Stage, ...]
@@ -107,6 +111,7 @@ class TrainConfig:
   num_workers: int = 0
   prefetch: int = 4
   max_seconds: float | None = None
+  fit_budget: bool = False
 
   def __post_init__(self):
     stages = self.stages
@@ -117,27 +122,31 @@ class TrainConfig:
     for stage in stages:
       if not isinstance(stage, Stage):
         raise ValueError(f"stages must hold Stage values; got {stage!r}.")
-    _check_number("learning_rate", self.learning_rate, above=0.0)
-    _check_number("weight_decay", self.weight_decay, least=0.0)
-    _check_number("clip_norm", self.clip_norm, above=0.0)
-    _check_number("z_loss", self.z_loss, least=0.0)
-    _check_number("decay_fraction", self.decay_fraction, above=0.0, most=1.0)
-    _check_number(
+    check_number("learning_rate", self.learning_rate, above=0.0)
+    check_number("weight_decay", self.weight_decay, least=0.0)
+    check_number("clip_norm", self.clip_norm, above=0.0)
+    check_number("z_loss", self.z_loss, least=0.0)
+    check_number("decay_fraction", self.decay_fraction, above=0.0, most=1.0)
+    check_number(
       "final_lr_fraction", self.final_lr_fraction, least=0.0, most=1.0
     )
     for name in ("adam_b1", "adam_b2", "muon_beta"):
-      _check_number(name, getattr(self, name), least=0.0, below=1.0)
+      check_number(name, getattr(self, name), least=0.0, below=1.0)
     if self.max_seconds is not None:
-      _check_number("max_seconds", self.max_seconds, above=0.0)
+      check_number("max_seconds", self.max_seconds, above=0.0)
     for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-      _check_count(name, getattr(self, name), least=1)
+      check_count(name, getattr(self, name), least=1)
     for name in ("warmup_steps", "eval_every", "num_workers", "seed"):
-      _check_count(name, getattr(self, name), least=0)
-    _check_count("prefetch", self.prefetch, least=1)
-    _check_choice("schedule", self.schedule, SCHEDULES)
-    _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-    _check_choice("dtype", self.dtype, tuple(DTYPES))
-    _check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+      check_count(name, getattr(self, name), least=0)
+    check_count("prefetch", self.prefetch, least=1)
+    check_choice("schedule", self.schedule, SCHEDULES)
+    check_choice("optimizer", self.optimizer, OPTIMIZERS)
+    check_choice("dtype", self.dtype, tuple(DTYPES))
+    check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+    if self.fit_budget and self.max_seconds is None:
+      raise ValueError(
+        "max_seconds must be given with fit_budget; got max_seconds=None."
+      )
     if self.warmup_steps >= self.total_steps:
       raise ValueError(
         "warmup_steps must be less than the steps of all stages; got "
@@ -160,6 +169,10 @@ class TrainConfig:
       step -= stage.steps
     return len(self.stages) - 1
 
+  def first_step(self, stage_index: int) -> int:
+    """First step of a stage; past the last stage, the number of steps."""
+    return sum(stage.steps for stage in self.stages[:stage_index])
+
   def tokens_after(self, step: int) -> int:
     """Tokens seen once `step` steps are done."""
     tokens = 0
@@ -170,16 +183,16 @@ class TrainConfig:
     return tokens
 
 
-def _check_count(name: str, value, *, least: int):
+def check_count(name: str, value, *, least: int):
+  """Raises ValueError unless `value` is an integer >= least."""
   if isinstance(value, bool) or not isinstance(value, int) or value < least:
     raise ValueError(
       f"{name} must be an integer >= {least}; got {name}={value!r}."
     )
 
 
-def _check_number(
-  name, value, *, above=None, least=None, below=None, most=None
-):
+def check_number(name, value, *, above=None, least=None, below=None, most=None):
+  """Raises ValueError unless `value` is finite and within the limits."""
   limits = (
     ("> ", above, lambda v, limit: v > limit),
     (">= ", least, lambda v, limit: v >= limit),
@@ -202,6 +215,7 @@ def _check_number(
     )
 
 
-def _check_choice(name: str, value, choices: tuple):
+def check_choice(name: str, value, choices: tuple):
+  """Raises ValueError unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name} must be one of {choices}; got {name}={value!r}.")

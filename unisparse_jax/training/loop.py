@@ -2,6 +2,7 @@
 """The training loop: stages, metrics, checkpoints, budget, signals."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -16,14 +17,15 @@ from flax import nnx
 
 from unisparse_jax import attention, models, records
 from unisparse_jax.training import checkpoints as checkpoints_lib
-from unisparse_jax.training import config as config_lib
 from unisparse_jax.training import (
+  clock,
   input_pipeline,
   metrics,
   optimizer,
   signals,
   train_step,
 )
+from unisparse_jax.training import config as config_lib
 
 # Steps that may be under way on the device: enough to keep it busy, few enough
 # for the clock and signals to mean something.
@@ -166,12 +168,14 @@ class _Run:
       config.total_steps, step=self._step, enabled=show_progress
     )
     stack.callback(self._progress.close)
+    self._clock = clock.Clock(config, self._schedule)
+    self._make_source = make_source
     self._batches: Any = None
     if self._step < config.total_steps:
       self._batches = input_pipeline.BatchIterator(
         config, make_source, step=self._step, state=data_state
       )
-      stack.callback(self._batches.close)
+    stack.callback(lambda: self._batches and self._batches.close())
     self._train_step = jax.jit(
       train_step.make_train_step(
         self._graphdef,
@@ -182,6 +186,10 @@ class _Run:
       ),
       donate_argnums=0,
     )
+    # Of the stage that comes next, under way in a thread.
+    self._ahead: concurrent.futures.Future | None = None
+    self._compiler = concurrent.futures.ThreadPoolExecutor(1)
+    stack.callback(self._compiler.shutdown, cancel_futures=True)
     self._pending = collections.deque()  # (step, metric vector on the device)
     self._interval = metrics.Interval()
     self._rate = None  # tokens per second over the last interval
@@ -198,17 +206,24 @@ class _Run:
         break
       if (
         config.max_seconds is not None
+        and not config.fit_budget
         and self._step > first  # every call gets on by a step at least
         and time.monotonic() - start > config.max_seconds
       ):
         reason = "max_seconds"
         break
+      if config.fit_budget and self._leave_stage():
+        continue
       batch = next(self._batches)
+      if config.fit_budget:
+        rate = self._clock.learning_rate(self._step)
+        batch = {**batch, "update_scale": np.float32(rate)}
       if config.stage_of(self._step) != stage_index:
         stage_index = config.stage_of(self._step)
         compiled = self._compile(stage_index, batch)
       self._state, values = compiled(self._state, batch)
       self._step += 1
+      self._clock.start()
       self._pending.append((self._step, values))
       self._drain(_STEPS_AHEAD)
       if self._step % config.checkpoint_every == 0:
@@ -230,16 +245,50 @@ class _Run:
       evaluation=self._last_evaluation and self._last_evaluation[1],
     )
 
+  def _leave_stage(self) -> bool:
+    """Jumps to the next stage's first step once this one's time is up."""
+    config = self._config
+    stage_index = config.stage_of(self._step)
+    end = config.first_step(stage_index + 1)
+    share = config.tokens_after(end) / config.total_tokens
+    if self._clock.share() < share:
+      return False
+    self._progress.note(
+      f"stage {stage_index} ends at step {self._step} of {end}: its time is up"
+    )
+    self._drain(0)
+    self._batches.close()
+    self._batches = None
+    self._step = end
+    if end < config.total_steps:
+      self._batches = input_pipeline.BatchIterator(
+        config, self._make_source, step=end
+      )
+    return True
+
   def _compile(self, stage_index: int, batch):
     self._drain(0)
     stage = self._config.stages[stage_index]
     start = time.monotonic()
-    compiled = self._train_step.lower(self._state, batch).compile()
+    if self._ahead is not None:
+      compiled = self._ahead.result()
+    else:
+      compiled = self._train_step.lower(self._state, batch).compile()
     seconds = time.monotonic() - start
     self._progress.note(
       f"stage {stage_index}: {stage.steps} steps of {stage.batch_size} x "
       f"{stage.seq_len} tokens, compiled in {seconds:.1f} s"
     )
+    self._ahead = None
+    if self._config.fit_budget and stage_index + 1 < len(self._config.stages):
+      # While this stage trains: a stage's share of the time is for training.
+      self._ahead = self._compiler.submit(
+        _compile_for,
+        self._train_step,
+        jax.tree.map(_shape, self._state),
+        jax.tree.map(_shape, batch),
+        self._config.stages[stage_index + 1],
+      )
     self._interval = metrics.Interval()
     return compiled
 
@@ -269,7 +318,7 @@ class _Run:
       "seq_len": stage.seq_len,
       "tokens": config.tokens_after(step),
       **self._interval.means(),
-      "learning_rate": float(self._schedule(jnp.int32(step - 1))),
+      "learning_rate": self._clock.learning_rate(step - 1),
       "tokens_per_s": self._rate,
       "seconds_left": left / self._rate,
     }
@@ -281,9 +330,8 @@ class _Run:
     if self._saved_step == self._step:
       return
     self._drain(0)  # a step whose loss is not finite is never saved
-    self._checkpoints.save(
-      self._step, self._state, {"data": self._batches.get_state()}
-    )
+    data_state = self._batches.get_state() if self._batches else None
+    self._checkpoints.save(self._step, self._state, {"data": data_state})
     self._saved_step = self._step
     self._interval.restart_clock()
 
@@ -310,3 +358,17 @@ class _Run:
     # A copy: the step donates the arrays it is given.
     params = jax.tree.map(jnp.copy, self._state["params"])
     return nnx.merge(self._graphdef, nnx.State(params))
+
+
+def _shape(x) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _compile_for(step, state, batch, stage: config_lib.Stage):
+  """The compiled step for another stage's batches."""
+  rows = (stage.batch_size, stage.seq_len + 1)
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, x.dtype) if x.ndim == 2 else x
+    for name, x in batch.items()
+  }
+  return step.lower(state, batch).compile()

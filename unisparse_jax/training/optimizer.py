@@ -34,17 +34,20 @@ def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
       [total - warmup - decay],
     )
   if not warmup:
-    return _standard_promotion(after)
+    return standard_promotion(after)
   # Step 0 already moves: the warm-up starts at peak / warmup, not at 0.
   ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-  return _standard_promotion(optax.join_schedules([ramp, after], [warmup]))
+  return standard_promotion(optax.join_schedules([ramp, after], [warmup]))
 
 
 def make_optimizer(
   config: config_lib.TrainConfig,
 ) -> optax.GradientTransformation:
-  """Clipping, then AdamW or Muon, with the schedule inside."""
-  schedule = make_schedule(config)
+  """Clipping, then AdamW or Muon, with the schedule inside.
+
+  With `fit_budget` the learning rate inside is 1: `train_step` scales updates.
+  """
+  schedule = 1.0 if config.fit_budget else make_schedule(config)
   if config.optimizer == "adamw":
     update = optax.adamw(
       schedule,
@@ -74,11 +77,11 @@ def make_optimizer(
     )
   chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
   return optax.GradientTransformation(
-    _standard_promotion(chain.init), _standard_promotion(chain.update)
+    standard_promotion(chain.init), standard_promotion(chain.update)
   )
 
 
-def _standard_promotion(fn):
+def standard_promotion(fn):
   """optax mixes dtypes freely: its code cannot run under strict promotion."""
 
   @functools.wraps(fn)

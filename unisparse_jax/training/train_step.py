@@ -90,8 +90,9 @@ def make_train_step(
   Returns:
     A function to jit with the first argument donated. state is a dict with
     params (nested dict, float32) and opt_state; batch has tokens
-    [batch, seq_len + 1] int32 and loss_weights, same shape, float32. metrics
-    is a float32 vector in the order of METRIC_NAMES.
+    [batch, seq_len + 1] int32 and loss_weights, same shape, float32, and maybe
+    update_scale, a float32 scalar that multiplies the updates. metrics is a
+    float32 vector in the order of METRIC_NAMES.
   """
 
   def loss_fn(params, batch):
@@ -110,6 +111,8 @@ def make_train_step(
     updates, opt_state = optimizer.update(
       grads, state["opt_state"], state["params"]
     )
+    if "update_scale" in batch:
+      updates = jax.tree.map(lambda u: u * batch["update_scale"], updates)
     params = optax.apply_updates(state["params"], updates)
     metrics = jnp.stack([sums[name] for name in METRIC_NAMES])
     return {"params": params, "opt_state": opt_state}, metrics

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unisparse_jax import tasks
-from unisparse_jax.data import training_rows
+from unisparse_jax.data import domains, training_rows
 from unisparse_jax.tasks import line_tokens
 
 _NONE = dict.fromkeys(training_rows.Mixture().weights(), 0.0)
@@ -192,7 +192,14 @@ def test_mixture_is_hashable_and_complete():
   mixture = training_rows.Mixture()
   assert hash(mixture) == hash(training_rows.Mixture())
   names = {field.name for field in dataclasses.fields(mixture)}
-  assert names == {"code", *tasks.TASKS, "full_row", "stdlib", "answer_weight"}
+  assert names == {
+    "code",
+    *tasks.TASKS,
+    *domains.TEXTS,
+    "full_row",
+    "stdlib",
+    "answer_weight",
+  }
   weights = mixture.weights()
   assert 0.25 < weights["code"] / sum(weights.values()) < 0.4
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 import math
+import types
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 
 from tests.unisparse_jax.training import tiny_run
 from unisparse_jax import attention, models, training
+from unisparse_jax.training import clock
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -142,3 +145,44 @@ def test_export_can_be_loaded(whole, tmp_path):
   ):
     rounded = np.asarray(x.astype(jax.numpy.bfloat16), np.float32)
     np.testing.assert_array_equal(rounded, np.asarray(y, np.float32))
+
+
+def test_a_budget_gives_every_stage_its_share(tmp_path, monkeypatch):
+  ticks = itertools.count(step=0.01)
+  fake = types.SimpleNamespace(monotonic=lambda: next(ticks))
+  monkeypatch.setattr(clock, "time", fake)
+  many = 100_000
+  stages = (
+    training.Stage(seq_len=16, batch_size=4, steps=many),
+    training.Stage(seq_len=32, batch_size=2, steps=many),
+  )
+  config = tiny_run.make_config(
+    stages=stages, fit_budget=True, max_seconds=3.0, warmup_steps=5,
+    log_every=1, checkpoint_every=many, schedule="wsd", decay_fraction=0.5,
+  )  # fmt: skip
+  result = training.train(
+    config, tiny_run.MODEL, tiny_run.make_source, tmp_path,
+    show_progress=False,
+  )  # fmt: skip
+  assert result.finished
+  lines = [
+    line
+    for line in training.read_metrics(tmp_path / "metrics.jsonl")
+    if line["kind"] == "train"
+  ]
+  counts = [sum(line["stage"] == s for line in lines) for s in (0, 1)]
+  assert min(counts) > 20
+  rates = [line["learning_rate"] for line in lines]
+  assert max(rates) == pytest.approx(config.learning_rate)
+  assert rates[-1] < 0.2 * config.learning_rate
+  # Going on finds nothing left to do.
+  again = training.train(
+    config, tiny_run.MODEL, tiny_run.make_source, tmp_path,
+    show_progress=False,
+  )  # fmt: skip
+  assert again.step == result.step
+
+
+def test_a_budget_needs_a_time():
+  with pytest.raises(ValueError, match="max_seconds must be given"):
+    tiny_run.make_config(fit_budget=True, max_seconds=None)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on the 155M target: five domains, batch 1 to 64.
+
+Run:     python -m experiments.calibrate_speculation
+           --config=configs/speculative_speedup/default.py
+           --workdir=out/calibration
+         python -m experiments.speculative_speedup
+           --config=configs/speculative_speedup/default.py
+           --workdir=out/speculative
+         after the target (configs/train_decoder/target_155m.py, out/target)
+         and its head (configs/train_draft_head/default.py, out/head).
+Device:  one H100 or H200; 1 minute and 6 minutes and their compilation.
+Expect:  to be filled from the first recorded run.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+# EAGLE-1's tree of 26 nodes: (index in the level above, rank of the child).
+_STATIC = (
+  ((0, 0), (0, 1), (0, 2), (0, 3)),
+  ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)),
+  ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (3, 0)),
+  ((0, 0), (0, 1), (0, 2), (1, 0)),
+  ((0, 0), (0, 1), (1, 0)),
+)
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.target = "out/target/model"
+  config.head = "out/head/head"
+  config.corpus = "out/target/data/corpus"
+  config.artefact = "out/calibration/policy.json"
+  config.shape = dict(
+    width=8, base_depth=6, max_depth=10, buckets=(1, 16, 32, 64)
+  )
+  # Rows of these batches share one verification of so many nodes.
+  config.packed = ((16, 16, 192, 512, 1024), (64, 64, 512, 1536, 4096))
+  config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
+  config.static_shape = dict(
+    width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
+  )
+  config.calibration = dict(
+    prompts=32,
+    new_tokens=128,
+    batch_size=16,
+    temperatures=(0.0, 1.0),
+    max_seconds=config_dict.placeholder(float),
+    alpha=4,  # Levels 10, 9, 8 where drafts are sure, else 6.
+  )
+  config.fixed_depth = 8
+  config.fixed_nodes = 60
+  config.methods = (
+    "plain",
+    "fixed",
+    "heterospec",
+    "joint",
+    "fixed_same",
+    "fixed_best",
+    "predictive",
+    "gated",
+    "eagle2",
+    "ngram",
+    "suffix",
+    "static",
+    "oracle",
+  )
+  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
+  config.few_at = ((1, 0.0), (16, 0.0))
+  config.batches = (1, 4, 16, 64)
+  config.temperatures = (0.0, 1.0)
+  config.prompts = 64
+  config.batch_1_prompts = 4
+  config.prompt_len = 1024
+  config.short_prompt = 256
+  config.new_tokens = 256
+  config.exact_prompts = 4
+  config.exact_batches = (4,)
+  config.exact_new_tokens = 64
+  config.dtype = "bfloat16"
+  config.compile_threads = 6
+  config.max_seconds = config_dict.placeholder(float)
+  config.seed = 0
+  return config

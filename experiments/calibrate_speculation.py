@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits HeteroSpec's bins and tables to a drafter, by one logging run.
+
+Decodes prompts of every domain with the largest tree, fits the entropy
+thresholds, times fixed policies, searches depth and size of every bin for every
+batch size, and compares the policies on requests that were held out. Writes
+the artefact of the config, WORKDIR/calibration.jsonl and WORKDIR/log.npz.
+
+The same command goes on where an earlier one stopped.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import numpy as np
+import rich.table
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  long_context,
+  long_context_config,
+  speculation_fit,
+  speculation_setup,
+)
+from experiments import speculation_config as config_lib
+from unisparse_jax import models, records
+from unisparse_jax.data import domains
+from unisparse_jax.speculative import calibration
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+_LOG_FILE = "log.npz"
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = config_lib.parse(_CONFIG.value)
+  folder = long_context_config.model_folder(config.target)
+  config.check_model(models.load_hf_config(folder))
+  head = config_lib.head_folder(config.head)
+  identity = {
+    "calibration": config.calibration,
+    "shape": config.shape,
+    "target_sha256": long_context_config.weights_hash(folder),
+    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+  }
+  workdir = records.claim_workdir(
+    _WORKDIR.value, identity, free=["calibration.max_seconds"]
+  )
+  flags_and_configs.start_jax(workdir)
+  console = long_context.make_console()
+  setup = speculation_setup.Setup(config, workdir)
+  deadline = None
+  if config.calibration.max_seconds is not None:
+    deadline = time.monotonic() + config.calibration.max_seconds
+  log = logged_steps(setup, workdir, console)
+  writer = records.RecordWriter(workdir / "calibration.jsonl", identity)
+  costs = measured_costs(setup, workdir, writer, console, deadline)
+  artefact, comparison = speculation_fit.fit(setup, log, costs)
+  for row in comparison:
+    writer.write(kind="replay", **row)
+  console.print(_table(comparison))
+  path = pathlib.Path(config.artefact)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  calibration.save(artefact, path)
+  console.print(f"Artefact: {path}", soft_wrap=True)
+
+
+def logged_steps(
+  setup: speculation_setup.Setup, workdir: pathlib.Path, console
+) -> calibration.StepRecords:
+  """Steps of the largest tree on prompts for calibration alone."""
+  file = workdir / _LOG_FILE
+  if file.exists():
+    with np.load(file) as arrays:
+      return calibration.StepRecords(**{name: arrays[name] for name in arrays})
+  config, settings = setup.config, setup.config.calibration
+  largest = setup.table(config.shape.max_depth, config.shape.max_nodes - 1)
+  # Every batch holds all domains: the same number of steps for all of them.
+  prompts, labels = [], []
+  for number in range(settings.prompts):
+    for domain in config.domains:
+      prompts.append((domain, number))
+      labels.append(domains.DOMAINS.index(domain))
+  made = {
+    domain: setup.prompts(domain, count=settings.prompts, use="calibrate")
+    for domain in config.domains
+  }
+  parts, first, start = [], 0, time.monotonic()
+  size = settings.batch_size
+  for temperature in settings.temperatures:
+    for begin in range(0, len(prompts) - size + 1, size):
+      rows = range(begin, begin + size)
+      tokens, lengths = setup.padded(
+        [made[prompts[row][0]][prompts[row][1]] for row in rows]
+      )
+      call = setup.call(
+        drafter=speculation_setup.EAGLE,
+        policy=largest,
+        shape=config.shape,
+        tokens=tokens,
+        lengths=lengths,
+        keys=setup.keys("code", 1_000_000 + begin, size),
+        temperature=temperature,
+        new_tokens=settings.new_tokens,
+        dtype=config.dtype,
+        log_trees=True,
+      )
+      parts.append(
+        calibration.StepRecords.from_log(
+          call.log,
+          groups=[labels[row] for row in rows],
+          first_request=first,
+        )
+      )
+      first += size
+  if not parts:
+    raise ValueError(
+      "calibration.prompts must fill a batch; got "
+      f"{len(prompts)} prompts, batch_size={size}."
+    )
+  log = calibration.StepRecords.concatenate(parts)
+  console.print(
+    f"logged {len(log)} steps of {first} requests in "
+    f"{time.monotonic() - start:.0f} s: {1 + log.accept_len.mean():.2f} tokens "
+    f"a step with {log.max_nodes} nodes, {log.max_depth} levels"
+  )
+  temporary = file.with_suffix(".tmp.npz")
+  np.savez_compressed(temporary, **_fields(log))
+  temporary.replace(file)
+  return log
+
+
+def _fields(log) -> dict[str, np.ndarray]:
+  return {f.name: getattr(log, f.name) for f in dataclasses.fields(log)}
+
+
+def measured_costs(
+  setup: speculation_setup.Setup,
+  workdir: pathlib.Path,
+  writer,
+  console,
+  deadline: float | None,
+) -> list[calibration.StepCosts]:
+  """Times of a step by batch size, from fixed policies run in full.
+
+  Past the deadline the batch sizes that are left go without; the artefact then
+  serves them by the next one that was measured.
+  """
+  config, settings = setup.config, setup.config.calibration
+  file = workdir / "calibration.jsonl"
+  found = records.read(file) if file.exists() else []
+  done = {r["batch"]: r for r in found if r["kind"] == "costs"}
+  calls = {batch: _timed_call(setup, batch) for batch in config.batches}
+  if config.compile_threads:
+    programs = []
+    for batch, common in calls.items():
+      if batch not in done:
+        programs.append({**common, "drafter": None, "policy": None})
+        table = setup.table(config.shape.base_depth, 0)
+        programs.append(
+          {**common, "drafter": speculation_setup.EAGLE, "policy": table}
+        )
+    setup.warm(programs, config.compile_threads)
+  result = []
+  for batch, common in calls.items():
+    if batch in done:
+      result.append(calibration.costs.from_mapping(done[batch]["costs"]))
+      continue
+    if result and deadline is not None and time.monotonic() > deadline:
+      console.print(f"batch {batch}: not timed, max_seconds is used up")
+      continue
+    shape = common["shape"]
+    plain = _best(setup, drafter=None, policy=None, **common)
+    plain_ms = 1e3 * plain.seconds / (config.new_tokens - 1)
+    measurements = []
+    sizes = shape.packed or shape.buckets
+    for bucket in sizes:
+      nodes = (bucket // batch if shape.packed else bucket) - 1
+      for levels in (config.shape.base_depth, config.shape.max_depth):
+        call = _best(
+          setup,
+          drafter=speculation_setup.EAGLE,
+          policy=setup.table(levels, nodes),
+          limit=settings.timed_steps,
+          **common,
+        )
+        steps = int(call.log.num_steps)
+        measurements.append((levels, bucket, 1e3 * call.seconds / steps))
+    costs = calibration.fit_costs(
+      measurements,
+      batch=batch,
+      buckets=sizes,
+      plain_ms=plain_ms,
+      packed=bool(shape.packed),
+    )
+    writer.write(
+      kind="costs", batch=batch, costs=_costs(costs), measured=measurements
+    )
+    console.print(
+      f"batch {batch}: plain {plain_ms:.3f} ms, fixed {costs.fixed_ms:.3f}, a "
+      f"level {costs.draft_ms:.3f}, verify "
+      + ", ".join(
+        f"{n}: {t:.3f}"
+        for n, t in zip(costs.buckets, costs.verify_ms, strict=True)
+      )
+    )
+    result.append(costs)
+  return result
+
+
+def _timed_call(setup: speculation_setup.Setup, batch: int) -> dict:
+  """Arguments of a call of `batch` rows, all domains in turn."""
+  config = setup.config
+  count = -(-batch // len(config.domains))
+  made = [
+    setup.prompts(name, count=count, use="time") for name in config.domains
+  ]
+  turns = [prompt for turn in zip(*made, strict=True) for prompt in turn]
+  tokens, lengths = setup.padded(turns[:batch])
+  return dict(
+    shape=config.shape_for(batch),
+    tokens=tokens,
+    lengths=lengths,
+    keys=setup.keys("code", 2_000_000, batch),
+    temperature=0.0,
+    new_tokens=config.new_tokens,
+    dtype=config.dtype,
+  )
+
+
+def _costs(costs) -> dict:
+  return dataclasses.asdict(costs)
+
+
+def _best(setup, **kwargs) -> speculation_setup.Call:
+  """The faster of two calls after one that compiles."""
+  calls = [setup.call(**kwargs) for _ in range(3)][1:]
+  return min(calls, key=lambda call: call.seconds)
+
+
+def _table(rows: list[dict]) -> rich.table.Table:
+  table = rich.table.Table(title="Replay on held-out requests")
+  for name in ("batch", "policy", "tokens/step", "ms/step", "vs plain"):
+    table.add_column(name, justify="left" if name == "policy" else "right")
+  last = None
+  for row in rows:
+    if last not in (None, row["batch"]):
+      table.add_section()
+    last = row["batch"]
+    table.add_row(
+      str(row["batch"]),
+      row["policy"] + (" (each row alone)" if row["each_row_alone"] else ""),
+      f"{row['tokens_per_step']:.2f}",
+      f"{row['step_ms']:.3f}",
+      f"{row['speedup']:.2f}x",
+    )
+  return table
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What speculative decoding brings, by domain, temperature and batch size.
+
+Measures plain decoding and every method of the config: tokens per call of the
+target, verified nodes, times, tokens per second, where accepted tokens ranked,
+and whether the output is that of plain decoding. Writes WORKDIR/records.jsonl,
+a line a measurement, and WORKDIR/report.html.
+
+The same command goes on where an earlier one stopped.
+"""
+
+import pathlib
+import time
+
+import rich.console
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  long_context,
+  long_context_config,
+  speculation_config,
+  speculation_report,
+  speculation_summary,
+  speculative_speedup_run,
+)
+from unisparse_jax import models, records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+_FREE = ("max_seconds", "compile_threads")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = speculation_config.parse(_CONFIG.value)
+  console = long_context.make_console()
+  found, workdir = measure_all(config, _WORKDIR.value, console)
+  if not found:
+    console.print("Nothing was measured within max_seconds.")
+    return
+  rows = speculation_summary.summarise(found)
+  for table in speculation_summary.tables(rows):
+    console.print(table)
+  report = speculation_report.write(found, workdir)
+  console.print(f"Report: {report}", soft_wrap=True)
+
+
+def measure_all(
+  config: speculation_config.SpeculationConfig,
+  workdir: str,
+  console: rich.console.Console,
+) -> tuple[list[dict], pathlib.Path]:
+  """Takes the measurements that a workdir lacks, as the budget allows.
+
+  Args:
+    config: the settings.
+    workdir: folder of the run.
+    console: where progress is printed.
+
+  Returns:
+    All records of the run, and its folder.
+
+  Raises:
+    ValueError: the settings do not fit the model, the artefact is of another
+      drafter, or the folder is not this run's.
+  """
+  start = time.monotonic()
+  folder = long_context_config.model_folder(config.target)
+  config.check_model(models.load_hf_config(folder))
+  head = speculation_config.head_folder(config.head)
+  identity = {
+    **vars(config),
+    "target_sha256": long_context_config.weights_hash(folder),
+    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+  }
+  if config.wants_artefact:
+    artefact = pathlib.Path(config.artefact)
+    if not artefact.is_file():
+      raise ValueError(
+        f"config.artefact must be a file; got artefact={config.artefact!r}; "
+        "expected what experiments.calibrate_speculation wrote."
+      )
+    identity["artefact_sha256"] = long_context_config.file_hash(artefact)
+  path = records.claim_workdir(workdir, identity, free=_FREE)
+  flags_and_configs.start_jax(path)
+  steps = speculative_speedup_run.plan(config)
+  file = path / "records.jsonl"
+  found = records.read(file) if file.exists() else []
+  done = {speculative_speedup_run.key(record) for record in found}
+  missing = [step for step in steps if step.key not in done]
+  console.print(
+    f"{len(steps)} measurements of {folder.name}, "
+    f"{len(steps) - len(missing)} of them recorded already"
+  )
+  if not missing:
+    return found, path
+  measurer = speculative_speedup_run.Measurer(config, path, found)
+  writer = records.RecordWriter(file, identity)
+  warmed = None
+  for number, step in enumerate(missing, start=1):
+    spent = time.monotonic() - start
+    if config.max_seconds is not None and spent > config.max_seconds:
+      console.print(
+        f"{len(missing) - number + 1} measurements are left: max_seconds is "
+        "used up. The same command goes on."
+      )
+      break
+    if step.place != warmed:
+      warmed = step.place
+      measurer.warm([other for other in missing if other.place == warmed])
+    begin = time.perf_counter()
+    values = measurer.measure(step)
+    seconds = time.perf_counter() - begin
+    measurer.remember(writer.write(**vars(step), **values, seconds=seconds))
+    console.print(
+      f"[{number}/{len(missing)}] {step}: {values['tokens_per_call']:.2f} "
+      f"tokens a call, {values['tokens_per_s']:,.0f} tokens/s, "
+      f"{values['mismatched_rows']} of {values['rows']} rows differ "
+      f"({seconds:.1f} s)",
+      markup=False,
+      highlight=False,
+      soft_wrap=True,
+    )
+  return records.read(file) if file.exists() else [], path
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of the speculative-speedup experiment is, and how it is taken."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import speculation_config as config_lib
+from experiments import speculation_setup
+from unisparse_jax.speculative import calibration, oracle, policy
+from unisparse_jax.speculative.calibration import predictor
+
+ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+# Methods whose policy is a table: one compiled program.
+_TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
+_DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+  """One measurement.
+
+  Attributes:
+    kind: "speed", or "exact": a comparison in float32.
+    method: of `speculation_config.METHODS`.
+    domain: of `data.domains.DOMAINS`.
+    batch: rows.
+    temperature: 0 is greedy.
+  """
+
+  kind: str
+  method: str
+  domain: str
+  batch: int
+  temperature: float
+
+  @property
+  def key(self) -> tuple:
+    """Identifies the measurement."""
+    return dataclasses.astuple(self)
+
+  @property
+  def place(self) -> tuple:
+    """What is measured in one go, after its programs were compiled."""
+    return (self.kind, self.batch, self.temperature)
+
+  def __str__(self) -> str:
+    return (
+      f"{self.kind} {self.method}, {self.domain}, batch {self.batch}, "
+      f"temperature {self.temperature:g}"
+    )
+
+
+def key(record: Mapping[str, Any]) -> tuple:
+  """`Step.key` of a record."""
+  return tuple(record[f.name] for f in dataclasses.fields(Step))
+
+
+def plan(config: config_lib.SpeculationConfig) -> list[Step]:
+  """All steps; a later one may need the records of an earlier one."""
+  methods = [config_lib.PLAIN]
+  methods += [m for m in config.methods if m != config_lib.PLAIN]
+  places = [
+    (batch, float(t)) for t in config.temperatures for batch in config.batches
+  ]
+  few_at = {(batch, float(t)) for batch, t in config.few_at}
+
+  def steps(kind, places):
+    for batch, temperature in places:
+      for method in methods:
+        is_few = method in config.few and kind == "speed"
+        if is_few and (batch, temperature) not in few_at:
+          continue
+        for domain in config.domains:
+          yield Step(
+            kind=kind,
+            method=method,
+            domain=domain,
+            batch=batch,
+            temperature=temperature,
+          )
+
+  exact = []
+  if config.exact_prompts:
+    exact = [
+      (batch, float(t))
+      for t in config.temperatures
+      for batch in config.exact_batches
+    ]
+  # What matters most comes first, should the budget end.
+  first = [p for p in places if p[0] in (1, 16) and p[1] == 0.0]
+  rest = [p for p in places if p not in first]
+  repeated = ("fixed_same", "fixed_best", "eagle2", "joint")
+  return [
+    *steps("speed", first),
+    *(s for s in steps("exact", exact) if s.method not in repeated),
+    *steps("speed", rest),
+  ]
+
+
+class Measurer:
+  """Takes steps; holds the models, the artefact and plain outputs."""
+
+  def __init__(
+    self,
+    config: config_lib.SpeculationConfig,
+    workdir: pathlib.Path,
+    found: Iterable[Mapping[str, Any]],
+  ):
+    self._config = config
+    self._setup = speculation_setup.Setup(config, workdir)
+    self._records = list(found)
+    self._plain: dict[tuple, np.ndarray] = {}
+    self._compiled: set[tuple] = set()
+    self._artefact = None
+    if config.wants_artefact:
+      self._artefact = calibration.load(config.artefact)
+      self._artefact.check_drafter(self._setup.drafter_hash)
+
+  def remember(self, record: Mapping[str, Any]):
+    """Takes in a record: `fixed_same` needs that of `heterospec`."""
+    self._records.append(record)
+
+  def warm(self, steps: Iterable[Step]):
+    """Compiles what steps need, several programs at once.
+
+    In `compile_threads` threads; the compiler lets go of the interpreter.
+    """
+    config = self._config
+    if not config.compile_threads:
+      return
+    programs: dict[tuple, dict[str, Any]] = {}
+    for step in steps:
+      method = "fixed" if step.method in _TABLES else step.method
+      method = "gated" if method == "predictive" else method
+      step = dataclasses.replace(step, method=method, domain=config.domains[0])
+      if step.key in programs:
+        continue
+      dtype, new_tokens, count = self._sizes(step)
+      del count
+      tokens, lengths = self._setup.padded([np.zeros(2, np.int32)] * step.batch)
+      programs[step.key] = dict(
+        tokens=tokens,
+        lengths=lengths,
+        keys=self._setup.keys(step.domain, 0, step.batch),
+        temperature=step.temperature,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        **self._method(
+          step, np.zeros((step.batch, new_tokens), np.int32), lengths
+        ),
+      )
+    self._setup.warm(list(programs.values()), config.compile_threads)
+
+  def _sizes(self, step: Step) -> tuple[str, int, int]:
+    """dtype, new tokens and number of prompts."""
+    config = self._config
+    if step.kind == "exact":
+      count = max(config.exact_prompts, step.batch)
+      return "float32", config.exact_new_tokens, count
+    count = config.batch_1_prompts if step.batch == 1 else step.batch
+    return config.dtype, config.new_tokens, min(count, config.prompts)
+
+  def measure(self, step: Step) -> dict[str, Any]:
+    """Values of the record of a step."""
+    dtype, new_tokens, count = self._sizes(step)
+    prompts = self._setup.prompts(step.domain, count=count, use="measure")
+    calls, expected = [], []
+    for first in range(0, count - step.batch + 1, step.batch):
+      tokens, lengths = self._setup.padded(prompts[first : first + step.batch])
+      common = dict(
+        tokens=tokens,
+        lengths=lengths,
+        keys=self._setup.keys(step.domain, first, step.batch),
+        temperature=step.temperature,
+        new_tokens=new_tokens,
+        dtype=dtype,
+      )
+      expected.append(self._expected(step, first, common, dtype))
+      arguments = {**common, **self._method(step, expected[-1], lengths)}
+      program = "table" if step.method in _TABLES else step.method
+      place = (step.batch, step.temperature, program, step.kind)
+      if place not in self._compiled:
+        self._setup.call(**arguments)
+        self._compiled.add(place)
+      calls.append(self._setup.call(**arguments))
+    if step.method == config_lib.PLAIN:
+      for first, call in enumerate(calls):
+        self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
+      expected = [call.tokens for call in calls]
+    return {
+      **_values(calls, step, new_tokens),
+      **_mismatches(calls, expected),
+    }
+
+  def _place(self, step: Step, first: int, dtype: str) -> tuple:
+    return (step.domain, first, step.batch, step.temperature, dtype)
+
+  def _expected(self, step, first, common, dtype) -> np.ndarray:
+    """What plain decoding writes; from the same batch and dtype."""
+    place = self._place(step, first, dtype)
+    if step.method == config_lib.PLAIN:
+      return np.zeros(0)
+    if place not in self._plain:
+      plain = self._setup.call(drafter=None, policy=None, shape=None, **common)
+      self._plain[place] = plain.tokens
+    return self._plain[place]
+
+  def _method(self, step: Step, expected, lengths) -> dict[str, Any]:
+    """drafter, shape and policy of a method; the oracle knows the output."""
+    config, method = self._config, step.method
+    if method == config_lib.PLAIN:
+      return dict(drafter=None, policy=None, shape=None)
+    if method in _DRAFTERS:
+      shape = config.chain_shape
+      everything = policy.Fixed(
+        depth=jnp.int32(shape.max_depth), nodes=jnp.int32(shape.max_nodes - 1)
+      )
+      return dict(drafter=method, policy=everything, shape=shape)
+    if method == "static":
+      shape = config.static_shape
+      count = sum(len(level) for level in shape.static_levels)
+      everything = policy.Fixed(
+        depth=jnp.int32(shape.max_depth), nodes=jnp.int32(count)
+      )
+      return dict(
+        drafter=speculation_setup.EAGLE, policy=everything, shape=shape
+      )
+    shape = config.shape_for(step.batch)
+    if method == "oracle":
+      known = oracle.Oracle.create(expected, lengths, shape)
+      return dict(drafter=speculation_setup.EAGLE, policy=known, shape=shape)
+    return dict(
+      drafter=speculation_setup.EAGLE, policy=self._policy(step), shape=shape
+    )
+
+  def _policy(self, step: Step) -> Any:
+    config, shape = self._config, self._config.shape
+    match step.method:
+      case "fixed":
+        return self._setup.table(config.fixed_depth, config.fixed_nodes)
+      case "eagle2":
+        return self._setup.table(min(6, shape.max_depth), config.fixed_nodes)
+      case "fixed_same":
+        nodes = round(self._mean_nodes(step)) - 1
+        return self._setup.table(config.fixed_depth, nodes)
+    artefact = self._artefact
+    assert artefact is not None, "config.wants_artefact"
+    if step.method in ("predictive", "gated"):
+      return predictor.from_artefact(
+        artefact, batch=step.batch, gate=step.method == "gated"
+      )
+    name = {"heterospec": "rule"}.get(step.method, step.method)
+    return artefact.policy(
+      name, batch=step.batch, drafter_hash=self._setup.drafter_hash
+    )
+
+  def _mean_nodes(self, step: Step) -> float:
+    """Nodes, root included, of `heterospec` in the same place."""
+    wanted = dataclasses.replace(step, method="heterospec").key
+    for record in self._records:
+      if key(record) == wanted:
+        return record["nodes_per_call"]
+    raise ValueError(
+      "methods must name heterospec before fixed_same; got "
+      f"{self._config.methods}."
+    )
+
+
+def _values(calls, step: Step, new_tokens: int) -> dict[str, Any]:
+  seconds = sum(call.seconds for call in calls)
+  rows = len(calls) * step.batch
+  # The prefill writes the first token.
+  written = rows * (new_tokens - 1)
+  values = {
+    "rows": rows,
+    "written": written,
+    "decode_s": seconds,
+    "prefill_s": sum(call.prefill_seconds for call in calls),
+    "tokens_per_s": written / seconds,
+  }
+  if calls[0].log is None:
+    return values | {
+      "steps": len(calls) * (new_tokens - 1),
+      "calls": written,
+      "tokens_per_call": 1.0,
+      "nodes_per_call": 1.0,
+      "nodes_per_token": 1.0,
+    }
+  logs = {
+    name: np.concatenate([call.log.column(name).reshape(-1) for call in calls])
+    for name in (
+      "accept_len",
+      "num_emitted",
+      "nodes",
+      "bucket",
+      "bin",
+      "terminal_rank",
+      "draft_levels",
+      "entropy",
+    )
+  }
+  active = logs["num_emitted"] > 0
+  logs = {name: column[active] for name, column in logs.items()}
+  num_calls, emitted = int(active.sum()), int(logs["num_emitted"].sum())
+  nodes = int(logs["nodes"].sum())
+  ranks = logs["terminal_rank"]
+  accepted = ranks > 0
+  quarter = np.maximum(logs["nodes"] // 4, 1)
+  entropy = logs["entropy"][logs["draft_levels"] > 0]
+  return values | {
+    "steps": sum(int(call.log.num_steps) for call in calls),
+    "calls": num_calls,
+    "tokens_per_call": emitted / num_calls,
+    "accepted_per_call": float(logs["accept_len"].mean()),
+    "nodes_per_call": nodes / num_calls,
+    "bucket_per_call": float(logs["bucket"].mean()),
+    "nodes_per_token": nodes / emitted,
+    "levels_per_call": float(logs["draft_levels"].mean()),
+    "accept_histogram": np.bincount(logs["accept_len"]).tolist(),
+    "terminal_rank_histogram": np.bincount(ranks).tolist(),
+    "terminal_rank_top_quarter": float(
+      np.mean(ranks[accepted] <= quarter[accepted])
+    )
+    if accepted.any()
+    else None,
+    "entropy_histogram": np.histogram(entropy, ENTROPY_EDGES)[0].tolist(),
+    "bin_histogram": np.bincount(np.maximum(logs["bin"], 0)).tolist(),
+    "bin_tokens": np.bincount(
+      np.maximum(logs["bin"], 0), weights=logs["num_emitted"]
+    ).tolist(),
+  }
+
+
+def _mismatches(calls, expected) -> dict[str, Any]:
+  """Rows and tokens that differ from plain decoding, and where first."""
+  rows = tokens = 0
+  firsts = []
+  for call, wanted in zip(calls, expected, strict=True):
+    differs = call.tokens != wanted
+    rows += int(differs.any(axis=1).sum())
+    tokens += int(differs.sum())
+    firsts += [int(np.argmax(row)) for row in differs if row.any()]
+  return {
+    "mismatched_rows": rows,
+    "mismatched_tokens": tokens,
+    "first_mismatch": min(firsts) if firsts else None,
+  }

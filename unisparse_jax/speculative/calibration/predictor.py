@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits `adaptive.Predictive` to a replay, and judges it on other requests."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from unisparse_jax.speculative import adaptive, gated
+from unisparse_jax.speculative.calibration import artefact as artefact_lib
+from unisparse_jax.speculative.calibration import costs as costs_lib
+from unisparse_jax.speculative.calibration import replay, search
+
+KEEP = 0.7  # of the record of a request
+_RIDGE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictor:
+  """A linear prediction of the tokens of every arm.
+
+  Attributes:
+    weights: float64 [NUM_FEATURES, num_arms].
+    thresholds: [7].
+    prior: accepted tokens that a request starts from.
+    keep: weight of the record against the last step.
+    use_recent: whether the record is looked at; without it the prediction is of
+      the draft alone.
+  """
+
+  weights: np.ndarray
+  thresholds: np.ndarray
+  prior: float
+  keep: float = KEEP
+  use_recent: bool = True
+
+  def inputs(self, records: replay.StepRecords) -> np.ndarray:
+    """[n, NUM_FEATURES] of logged steps, the record of each as it was then."""
+    recent = recent_accepted(records, self.prior, self.keep)
+    if not self.use_recent:
+      recent = np.full_like(recent, self.prior)
+    return adaptive.features(
+      records.entropy.astype(np.float32),
+      records.score.astype(np.float32),
+      recent.astype(np.float32),
+      np.asarray(self.thresholds, np.float32),
+      xp=np,
+    )
+
+  def tokens(self, records: replay.StepRecords) -> np.ndarray:
+    """[n, num_arms], predicted."""
+    return self.inputs(records) @ self.weights
+
+  def choose(
+    self, records: replay.StepRecords, times: np.ndarray, rate: float
+  ) -> np.ndarray:
+    """int [n], the arm that the policy takes where it is alone in its batch."""
+    return np.argmax(self.tokens(records) - rate * times[None, :], axis=1)
+
+  def rate(
+    self, records: replay.StepRecords, arms: search.Arms, times: np.ndarray
+  ) -> float:
+    """Tokens per millisecond that its own choices reach, by Dinkelbach."""
+    rate = float(np.max(arms.tokens.mean(axis=0) / times))
+    for _ in range(20):
+      picked = self.choose(records, times, rate)
+      tokens = np.take_along_axis(arms.tokens, picked[:, None], 1).mean()
+      new = float(tokens / times[picked].mean())
+      if abs(new - rate) <= 1e-6 * rate:
+        break
+      rate = new
+    return rate
+
+  def policy(
+    self,
+    arms: search.Arms,
+    costs: costs_lib.StepCosts,
+    *,
+    rate: float,
+    width: int,
+    drafter_hash: str | None,
+    shared: bool = True,
+  ) -> adaptive.Predictive:
+    """The policy for batches like those of `costs`."""
+    return adaptive.Predictive(
+      weights=jnp.asarray(self.weights, jnp.float32),
+      thresholds=jnp.asarray(self.thresholds, jnp.float32),
+      depth=jnp.asarray([d for d, _ in arms.arms], jnp.int32),
+      nodes=jnp.asarray([n for _, n in arms.arms], jnp.int32),
+      times=jnp.asarray(arms.times(costs), jnp.float32),
+      rate=jnp.float32(rate),
+      prior=jnp.float32(self.prior),
+      keep=jnp.float32(self.keep if self.use_recent else 1.0),
+      base_depth=arms.base_depth,
+      width=width,
+      shared=shared,
+      drafter_hash=drafter_hash,
+    )
+
+
+def fit(
+  records: replay.StepRecords,
+  arms: search.Arms,
+  thresholds: np.ndarray,
+  *,
+  use_recent: bool = True,
+  keep: float = KEEP,
+) -> Predictor:
+  """Ridge regression of each arm's tokens.
+
+  Args:
+    records: steps to fit to, in order within each request.
+    arms: of these steps.
+    thresholds: of the bins.
+    use_recent: see `Predictor`.
+    keep: see `Predictor`.
+  """
+  blank = Predictor(
+    weights=np.zeros((adaptive.NUM_FEATURES, len(arms.arms))),
+    thresholds=np.asarray(thresholds),
+    prior=float(records.accept_len.mean()),
+    keep=keep,
+    use_recent=use_recent,
+  )
+  x = blank.inputs(records).astype(np.float64)
+  gram = x.T @ x / len(x) + _RIDGE * np.eye(x.shape[1])
+  weights = np.linalg.solve(gram, x.T @ arms.tokens.astype(np.float64) / len(x))
+  return dataclasses.replace(blank, weights=weights)
+
+
+def recent_accepted(
+  records: replay.StepRecords, prior: float, keep: float
+) -> np.ndarray:
+  """float64 [n], the discounted mean of accepted tokens before each step."""
+  result = np.empty(len(records))
+  order = np.lexsort((records.order, records.request))
+  request, value = None, prior
+  for i in order:
+    if records.request[i] != request:
+      request, value = records.request[i], prior
+    result[i] = value
+    value = keep * value + (1.0 - keep) * records.accept_len[i]
+  return result
+
+
+def bandit_choices(
+  records: replay.StepRecords,
+  arms: search.Arms,
+  bins: np.ndarray,
+  times: np.ndarray,
+  *,
+  start: np.ndarray,
+  rate: float,
+  strength: float = 30.0,
+  keep: float = 0.98,
+) -> np.ndarray:
+  """Arms of a bandit that learns each request's own bins from what it played.
+
+  Discounted means of tokens by bin and arm, beginning at the calibrated ones
+  with the weight of `strength` steps.
+
+  Args:
+    records: steps, in order within each request.
+    arms: of these steps.
+    bins: of each step.
+    times: milliseconds of each arm.
+    start: [num_bins, num_arms], calibrated means.
+    rate: tokens per millisecond that time is worth.
+    strength: steps that the calibration counts for.
+    keep: discount of what was seen.
+
+  Returns:
+    int [n].
+  """
+  picked = np.zeros(len(records), np.int64)
+  order = np.lexsort((records.order, records.request))
+  request, sums, counts = None, start, np.zeros_like(start)
+  for i in order:
+    if records.request[i] != request:
+      request = records.request[i]
+      sums, counts = start * strength, np.full_like(start, strength)
+    b = bins[i]
+    arm = int(np.argmax(sums[b] / counts[b] - rate * times))
+    picked[i] = arm
+    sums, counts = sums * keep, counts * keep
+    sums[b, arm] += arms.tokens[i, arm]
+    counts[b, arm] += 1.0
+  return picked
+
+
+def from_artefact(
+  artefact: artefact_lib.Artefact, *, batch: int, gate: bool
+) -> gated.Gated:
+  """The predictive policy that a calibration stored.
+
+  Args:
+    artefact: with a predictor in `about`.
+    batch: rows that are decoded together.
+    gate: stop drafting where plain decoding is faster; without it the policy
+      always drafts, in the same compiled program.
+  """
+  stored = artefact.about["predictor"]
+  costs = artefact.cost(batch)
+  arms = search.Arms(
+    arms=tuple((int(d), int(n)) for d, n in stored["arms"]),
+    tokens=np.zeros((0, len(stored["arms"])), np.float32),
+    base_depth=artefact.base_depth,
+  )
+  model = Predictor(
+    weights=np.asarray(stored["weights"]),
+    thresholds=np.asarray(artefact.thresholds),
+    prior=float(stored["prior"]),
+    keep=float(stored["keep"]),
+  )
+  inner = model.policy(
+    arms,
+    costs,
+    rate=float(stored["rates"][str(costs.batch)]),
+    width=artefact.width,
+    drafter_hash=artefact.drafter_hash,
+    shared=not costs.packed,
+  )
+  pays_from = float(stored["step_ms"][str(costs.batch)]) / costs.plain_ms
+  return gated.Gated(
+    policy=inner,
+    min_tokens=jnp.float32(pays_from if gate else 0.0),
+    # A look costs about two steps: every 64th keeps the loss near 2%.
+    period=jnp.int32(64),
+    decay=jnp.float32(0.8),
+  )
