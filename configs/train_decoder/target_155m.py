@@ -43,6 +43,7 @@ def get_config():
     weight_decay=0.1,
     z_loss=1e-5,
     dtype="bfloat16",
+    remat=True,
     attention="cudnn",
     checkpoint_every=400,
     eval_every=0,
