@@ -10,8 +10,9 @@ monotone curve whose shape depends on those that are kept:
 
 with (shift, log_scale, skew, tail) from a network of one hidden layer, and
 log_scale from a linear map too. At its start, all zero, a layer is the identity
-and the flow the base itself, moved by (mean, root). Both directions cost the same, and all layers have one shape, so
-that a program holds one layer whatever their number.
+and the flow the base itself, moved by (mean, root). Both directions cost the
+same, and all layers have one shape, so that a program holds one layer whatever
+their number.
 
 The base may be any proposal: a heavy-tailed part mixed into it stays heavy
 where the layers have put the flow, in the neck of a funnel too.
