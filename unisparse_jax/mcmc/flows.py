@@ -205,7 +205,10 @@ def expectation(
   A Gaussian part of the base is met by scrambled Sobol points: F(x) is close
   to a sum of functions of single coordinates of z where the flow is close to
   the identity, and such sums converge almost as 1 / points. Other parts are
-  met by draws.
+  met by draws: of functions that grow faster than x, a heavy part may leave the
+  mean unknown and its error too small. (Means of two posteriors: known to 1% of
+  the error of 4,000 independent draws; squares of breast cancer to 7%, those
+  of the centred eight schools to several times it.)
 
   Args:
     rng_key: one key.
