@@ -424,6 +424,38 @@ def test_a_prompt_in_chunks(target, prompts, mixed):
       )
 
 
+def test_bfloat16_differs_near_ties_only(target, prompts):
+  low = models.Decoder(target.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+  nnx.update(low, nnx.state(target))
+  plain = np.asarray(
+    models.generate(low, prompts, max_new_tokens=NEW, lengths=LENGTHS)
+  )
+  drafter = drafters_for_tests.ReferenceDrafter(
+    reference=jnp.asarray(absolute(prompts, LENGTHS, plain)),
+    shifts=jnp.zeros((BATCH, 48), jnp.int32),
+    vocab_size=VOCAB,
+  )
+  result = run(low, drafter, prompts, eos_id=None, shape=ONE_SIZE)
+
+  def mismatches(found):
+    return speculative.first_mismatches(
+      low, prompts, plain, found, lengths=LENGTHS
+    )
+
+  # The logits reach 2; one unit in the last place of bfloat16 is 0.008 there.
+  assert all(m.gap < 0.05 for m in mismatches(result.tokens))
+  # A real error is seen: the third token of a row is another one.
+  wrong = plain.copy()
+  wrong[1, 2:] = (wrong[1, 2:] + 1) % VOCAB
+  (seen,) = mismatches(wrong)
+  logits, _ = models.prefill(
+    low, np.asarray([[*prompts[1, :1], *plain[1, :2]]])
+  )
+  expected = abs(logits[0, plain[1, 2]] - logits[0, wrong[1, 2]])
+  assert (seen.row, seen.index) == (1, 2) and seen.gap > 0.05
+  np.testing.assert_allclose(seen.gap, expected, atol=0.02)
+
+
 def test_packed_rows_share_a_budget(target, prompts, plain, mixed):
   shape = dataclasses.replace(SHAPE, packed=(10, 24))
   result = run(target, mixed, prompts, shape=shape)
