@@ -104,59 +104,102 @@ def _mosaic_gpu(q, k, v, positions, q_offset, settings):
   return attend_on_hopper(q, k, v, positions, q_offset, settings)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, positions, q_offset, forward, settings):
+  return forward(q, k, v, positions, q_offset, settings)
+
+
+def _attend_fwd(q, k, v, positions, q_offset, forward, settings):
+  out, lse = forward(q, k, v, positions, q_offset, settings)
+  return (out, lse), (q, k, v, positions, q_offset, out, lse)
+
+
+def _attend_bwd(forward, settings, residuals, cotangents):
+  del forward
+  return *_gradient(residuals, cotangents, settings), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
 def attend_on_hopper(q, k, v, positions, q_offset, settings):
-  """The kernel, with the gradients of the XLA back end."""
+  """The kernel, without a look at the device; its gradients are XLA's."""
+  return _attend(q, k, v, positions, q_offset, _hopper_forward, settings)
+
+
+def _xla(q, k, v, positions, q_offset, settings):
+  return _attend(q, k, v, positions, q_offset, _xla_forward, settings)
+
+
+def _hopper_forward(q, k, v, positions, q_offset, settings):
   block_q, causal, scale = settings
   return mosaic_gpu.column_attention(
     q, k, v, positions, q_offset, block_q=block_q, causal=causal, scale=scale
   )
 
 
-def _hopper_fwd(q, k, v, positions, q_offset, settings):
-  result = attend_on_hopper(q, k, v, positions, q_offset, settings)
-  return result, (q, k, v, positions, q_offset)
+class _Layout:
+  """Blocks of queries as [num_q_blocks, batch, units, group, block_q, ...]."""
+
+  def __init__(self, q, positions, block_q):
+    self.batch, self.q_len, self.num_heads = q.shape[:3]
+    self.num_units, self.num_q_blocks = positions.shape[1:3]
+    self.block_q = block_q
+
+  def split(self, x):
+    """[batch, q_len, num_heads, ...] to blocks; rows beyond the last are 0."""
+    pad = self.num_q_blocks * self.block_q - self.q_len
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(
+      self.batch,
+      self.num_q_blocks,
+      self.block_q,
+      self.num_units,
+      -1,
+      *x.shape[3:],
+    )
+    return jnp.moveaxis(x, (1, 2), (0, 4))
+
+  def join(self, x):
+    """Inverse of `split`."""
+    x = jnp.moveaxis(x, (0, 4), (1, 2))
+    x = x.reshape(self.batch, -1, self.num_heads, *x.shape[5:])
+    return x[:, : self.q_len]
 
 
-def _hopper_bwd(settings, residuals, cotangents):
-  q, k, v, positions, q_offset = residuals
-  _, gradient = jax.vjp(
-    lambda q, k, v: _xla(q, k, v, positions, q_offset, settings), q, k, v
-  )
-  return *gradient(cotangents), None, None
-
-
-attend_on_hopper.defvjp(_hopper_fwd, _hopper_bwd)
-
-
-def _xla(q, k, v, positions, q_offset, settings):
-  """One block of queries after the other, each over all columns."""
+def _logits(q_block, k, position, index, q_offset, settings):
+  """float32 logits [batch, units, group, block_q, columns]; what is seen."""
   block_q, causal, scale = settings
-  batch, q_len, num_heads, head_dim = q.shape
-  num_units, num_q_blocks = positions.shape[1:3]
-  k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
-  pad = num_q_blocks * block_q - q_len
-  # [num_q_blocks, batch, units, group, block_q, head_dim]
-  q_blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  q_blocks = q_blocks.reshape(
-    batch, num_q_blocks, block_q, num_units, -1, head_dim
+  limit = jnp.full((q_block.shape[0], block_q), NEVER - 1, jnp.int32)
+  if causal:
+    row = jnp.arange(block_q, dtype=jnp.int32)[None, :]
+    limit = row + q_offset[:, None] + index * block_q
+  visible = position[:, :, None, :] <= limit[:, None, :, None]
+  attn_logits = scale * jnp.einsum(
+    "bugqd,bucd->bugqc", q_block, k, preferred_element_type=jnp.float32
   )
-  q_blocks = jnp.transpose(q_blocks, (1, 0, 3, 4, 2, 5))
+  return attn_logits, visible[:, :, None]  # over the heads of a unit
 
-  @jax.checkpoint
+
+def _by_block(layout, positions, *arrays):
+  """What a scan over blocks of queries reads."""
+  index = jnp.arange(layout.num_q_blocks, dtype=jnp.int32)
+  blocks = tuple(layout.split(x) for x in arrays)
+  return index, jnp.moveaxis(positions, 2, 0), *blocks
+
+
+def _xla_forward(q, k, v, positions, q_offset, settings):
+  """One block of queries after the other, each over all columns."""
+  layout = _Layout(q, positions, settings[0])
+  k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))  # [batch, units, columns, d]
+
   def attend_block(operands):
-    q_block, index, position = operands  # position: [batch, units, columns]
-    limit = jnp.full((batch, block_q), NEVER - 1, jnp.int32)
-    if causal:
-      row = jnp.arange(block_q, dtype=jnp.int32)[None, :]
-      limit = row + q_offset[:, None] + index * block_q
-    visible = position[:, :, None, :] <= limit[:, None, :, None]
-    visible = visible[:, :, None]  # over the heads of a unit
-    attn_logits = scale * jnp.einsum(
-      "bugqd,bucd->bugqc", q_block, k, preferred_element_type=jnp.float32
+    index, position, q_block = operands  # position: [batch, units, columns]
+    attn_logits, visible = _logits(
+      q_block, k, position, index, q_offset, settings
     )
     attn_logits = jnp.where(visible, attn_logits, -1e30)
-    top = lax.stop_gradient(attn_logits.max(-1, keepdims=True))
+    top = attn_logits.max(-1, keepdims=True)
     p = jnp.where(visible, jnp.exp(attn_logits - top), 0.0)
     total = p.sum(-1)
     safe = jnp.where(total == 0.0, 1.0, total)
@@ -169,12 +212,42 @@ def _xla(q, k, v, positions, q_offset, settings):
     lse = jnp.where(total == 0.0, -jnp.inf, top[..., 0] + jnp.log(safe))
     return (out / safe[..., None]).astype(q.dtype), lse
 
-  indices = jnp.arange(num_q_blocks, dtype=jnp.int32)
-  by_block = jnp.moveaxis(positions, 2, 0)
-  out, lse = lax.map(attend_block, (q_blocks, indices, by_block))
-  # [num_q_blocks, batch, units, group, block_q, ..] to [batch, q_len, heads]
-  out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(
-    batch, -1, num_heads, head_dim
-  )
-  lse = jnp.transpose(lse, (1, 0, 4, 2, 3)).reshape(batch, -1, num_heads)
-  return out[:, :q_len], lse[:, :q_len]
+  out, lse = lax.map(attend_block, _by_block(layout, positions, q))
+  return layout.join(out), layout.join(lse)
+
+
+def _gradient(residuals, cotangents, settings):
+  """(dq, dk, dv), from the saved lse; the sums over queries are in float32.
+
+  In the dtype of k, the sum over the 256 blocks of 32,768 queries had a
+  relative error of 1.2e-2 in bfloat16.
+  """
+  q, k, v, positions, q_offset, out, lse = residuals
+  d_out, d_lse = cotangents
+  scale = settings[2]
+  layout = _Layout(q, positions, settings[0])
+  k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+  lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # of rows that see no column
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def add_block(sums, operands):
+    index, position, q_block, d_out, lse, delta = operands
+    attn_logits, visible = _logits(
+      q_block, k, position, index, q_offset, settings
+    )
+    p = jnp.where(visible, jnp.exp(attn_logits - lse[..., None]), 0.0)
+    d_p = product("bugqd,bucd->bugqc", d_out, v)
+    d_logits = jnp.where(visible, p * (d_p - delta[..., None]), 0.0)
+    p, d_logits = p.astype(q.dtype), d_logits.astype(q.dtype)
+    dk, dv = sums
+    dk += product("bugqc,bugqd->bucd", d_logits, q_block)
+    dv += product("bugqc,bugqd->bucd", p, d_out)
+    dq = scale * product("bugqc,bucd->bugqd", d_logits, k)
+    return (dk, dv), dq.astype(q.dtype)
+
+  zeros = jnp.zeros(k.shape, jnp.float32)
+  operands = _by_block(layout, positions, q, d_out, lse, delta)
+  (dk, dv), dq = lax.scan(add_block, (zeros, zeros), operands)
+  dk, dv = (jnp.moveaxis(x, 1, 2).astype(q.dtype) for x in (scale * dk, dv))
+  return layout.join(dq), dk, dv

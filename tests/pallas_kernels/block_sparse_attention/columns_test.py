@@ -49,6 +49,69 @@ def test_xla_matches_float64(causal):
   helpers.assert_same(lse, expected_lse, 2e-6)
 
 
+def dense_attention(q, k, v, kept):
+  """out and lse of all columns at once; kept: [batch, heads, q, columns]."""
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  logits = jnp.einsum("bqhd,bchd->bhqc", q, k) * q.shape[-1] ** -0.5
+  top = jnp.where(kept, logits, -1e30).max(-1, keepdims=True)
+  p = jnp.where(kept, jnp.exp(jnp.where(kept, logits - top, 0.0)), 0.0)
+  total = p.sum(-1, keepdims=True)
+  safe = jnp.where(total == 0.0, 1.0, total)
+  lse = jnp.where(total == 0.0, -jnp.inf, top + jnp.log(safe))[..., 0]
+  return jnp.einsum("bhqc,bchd->bqhd", p / safe, v), jnp.swapaxes(lse, 1, 2)
+
+
+def test_gradients_match_dense_attention():
+  (q, k, v, positions), settings, kept = make_case(head_dim=16)
+  # The second block of queries sees no column of the first unit.
+  positions = positions.at[0, 0, 1].set(columns.NEVER)
+  kept[0, : HEADS // UNITS, BLOCK : 2 * BLOCK] = False
+  attend = functools.partial(
+    columns.column_attention,
+    positions=positions,
+    **settings,
+    implementation="xla",
+  )
+  dense = functools.partial(dense_attention, kept=jnp.asarray(kept))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(attend):
+    (out, lse), pull = jax.vjp(attend, q, k, v)
+    # A row without columns has no lse to ask for.
+    return pull((jnp.cos(out), jnp.where(jnp.isinf(lse), 0.0, jnp.sin(lse))))
+
+  for a, e in zip(gradient(attend), gradient(dense), strict=True):
+    helpers.assert_same(a, e, 3e-6)
+
+
+def test_gradients_of_many_blocks_are_summed_in_float32():
+  num_blocks, block_q, count = 256, 8, 16
+  q, k, v = helpers.make_qkv(
+    q_len=num_blocks * block_q,
+    kv_len=count,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    dtype=jnp.bfloat16,
+  )
+  positions = jnp.zeros((1, 1, num_blocks, count), jnp.int32)
+
+  @jax.jit
+  def gradient(q, k, v):
+    attend = functools.partial(
+      columns.column_attention,
+      positions=positions,
+      block_q=block_q,
+      implementation="xla",
+    )
+    (_, lse), pull = jax.vjp(attend, q, k, v)
+    return pull((jnp.flip(q, axis=1), jnp.zeros_like(lse)))
+
+  expected = gradient(*(x.astype(jnp.float32) for x in (q, k, v)))
+  for a, e in zip(gradient(q, k, v), expected, strict=True):
+    helpers.assert_same(a.astype(jnp.float32), e, 6e-3)  # in bfloat16: 2e-2
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lowers_for_cuda(head_dim):
   try:
