@@ -60,6 +60,7 @@ def generate(
   detokenize: Callable[[list[int]], str] | None = None,
   steps_per_chunk: int = 32,
   capacity: int | None = None,
+  chunk: int | None = None,
   log_trees: bool = False,
   check_drafter: bool = True,
 ) -> Result:
@@ -82,6 +83,7 @@ def generate(
     detokenize: text of a list of tokens.
     steps_per_chunk: steps between two looks.
     capacity: slots of caches and buffers; default: what is needed.
+    chunk: tokens per pass of the target over the prompt; default all.
     log_trees: keep the trees of every step, for calibration.
     check_drafter: compare the policy's drafter_hash; reads all weights.
 
@@ -111,14 +113,15 @@ def generate(
     lengths=lengths,
     rng_key=rng_key,
     capacity=capacity,
+    chunk=chunk,
     log_trees=log_trees,
     check_drafter=check_drafter,
   )
   if not stop:
     return session.run().result()
   assert detokenize is not None, "checked above"
-  for chunk in session.chunks(steps_per_chunk):
-    chunk.stop_at(stop, detokenize)
+  for _ in session.chunks(steps_per_chunk):
+    session.stop_at(stop, detokenize)
   return session.result()
 
 
@@ -136,6 +139,7 @@ def prepare(
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
   capacity: int | None = None,
+  chunk: int | None = None,
   log_trees: bool = False,
   check_drafter: bool = True,
 ) -> "Session":
@@ -181,6 +185,9 @@ def prepare(
     shape.packed,
     f"a last size of at least {batch}",
   )
+  if chunk is not None:
+    checks.check_positive_int("chunk", chunk)
+    chunk = int(chunk) if chunk < q_len else None
   # A step writes a whole path past what is known.
   needed = total + shape.max_depth + 1
   if capacity is None:
@@ -215,6 +222,7 @@ def prepare(
     capacity=int(capacity),
     max_steps=new_tokens,
     log_trees=log_trees,
+    chunk=chunk,
   )
   state = engine.prefill(
     target,
