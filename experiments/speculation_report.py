@@ -69,6 +69,10 @@ def write(
     parts += _section(
       f"Batch {batch}, temperature {temperature:g}", _table(here)
     )
+  if long := summary.long_rows(records):
+    parts += _section(
+      "Long prompt and long answer", _table(long, summary.LONG_COLUMNS)
+    )
   exact = [r for r in rows if r["kind"] == "exact"]
   if exact:
     parts += _section("float32 against plain decoding", _table(exact))
@@ -91,8 +95,8 @@ def _section(title: str, body: str) -> list[str]:
   return [f"<h2>{_text(title)}</h2>", f"<div class='wide'>{body}</div>"]
 
 
-def _table(rows) -> str:
-  columns = summary.used_columns(rows)
+def _table(rows, columns=None) -> str:
+  columns = columns or summary.used_columns(rows)
   heads = ("T", "batch", "domain", "method")
   head = "".join(f"<th class='name'>{name}</th>" for name in heads)
   head += "".join(f"<th>{_text(heading)}</th>" for _, heading, _ in columns)

@@ -75,6 +75,9 @@ def get_config():
   config.prompt_len = 1024
   config.short_prompt = 256
   config.new_tokens = 256
+  config.long_prompts = (3584, 7168)
+  config.long_new_tokens = 512
+  config.long_methods = ("fixed", "heterospec")
   config.exact_prompts = 4
   config.exact_batches = (4,)
   config.exact_new_tokens = 64

@@ -34,6 +34,9 @@ def get_config():
   config.prompt_len = 64
   config.short_prompt = 32
   config.new_tokens = 24
+  config.long_prompts = (300,)
+  config.long_new_tokens = 16
+  config.long_methods = ("heterospec",)
   # The same programs as those that are timed.
   config.exact_prompts = 2
   config.exact_batches = (2,)

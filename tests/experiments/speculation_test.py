@@ -53,6 +53,7 @@ def small(model_folder, tmp_path):
   config.few = ()
   config.few_at = ()
   config.exact_prompts = 0
+  config.long_prompts = ()
   config.compile_threads = 0
   config.calibration.update(
     prompts=2, batch_size=1, temperatures=(0.0,), new_tokens=24, alpha=2
@@ -112,9 +113,7 @@ def test_trains_a_head(model_folder, in_process, monkeypatch, tmp_path):
   assert head.config.tap_layers == models.tap_layers(2)
   lines = training.read_metrics(workdir / "train" / "metrics.jsonl")
   assert [r["step"] for r in lines if r["kind"] == "train"] == [2]
-  with pytest.raises(
-    ValueError, match=r"train\.seed is absent there and"
-  ):
+  with pytest.raises(ValueError, match=r"train\.seed is absent there and"):
     config.train.seed = 1
     run(monkeypatch, train_draft_head, config, workdir)
   assert (workdir / "texts" / "short.npz").stat().st_mtime_ns == written
