@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits `adaptive.Predictive` to a replay, and judges it on other requests.
 
-Tried on 4,823 logged steps of the shipped decoder and a weak head (1.58 tokens a
-step; 120 requests of five domains, temperature 0 and 1; three splits with 24
-requests held out; verification of 32 nodes at 1.12 and at 2.4 times the cost of
-one): tokens per millisecond against the table searched by bin were +0.3% to
-+1.5% for this linear prediction and between -0.4% and +1.0% without the
-request's record; boosted trees on the same inputs gave between -0.6% and +2.2%,
-worse than the linear one in five cases of six. The bandit lost 0.1% to 0.6%
-against the table. Hindsight would be 6% to 20% above it.
+Tried on 4,823 logged steps of the shipped decoder with a weak head (1.58 tokens
+a step), 120 requests of five domains at temperature 0 and 1, three splits with
+24 requests held out, and verification of 32 nodes at 1.12 or 2.4 times the cost
+of one. Tokens per millisecond against the table searched by bin: this linear
+prediction +0.3% to +1.5%; without the request's record -0.1% to +2.4% (worse
+with cheap verification, better with dear one); boosted trees on the same inputs
+-0.6% to +2.2%, below the linear one in five cases of six; the bandit, on one
+split, -0.4% to -0.6%. Hindsight would be 6% to 20% above the table.
 """
 
 import dataclasses
