@@ -88,5 +88,5 @@ def prompt_pass(
       carry, num_chunks * chunk, tokens[:, num_chunks * chunk :]
     )
     pieces.append(rest)
-  cache, last = carry
-  return last, cache, jnp.concatenate(pieces, axis=1) if taps else None
+  filled, last = carry
+  return last, filled, jnp.concatenate(pieces, axis=1) if taps else None
