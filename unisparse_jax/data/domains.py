@@ -111,9 +111,9 @@ def _code(rng, corpus, num_tokens: int) -> np.ndarray:
 
 def _question(rng, corpus, num_tokens: int) -> np.ndarray:
   """A context and its first questions; the next answer is to be written."""
-  name = LONG_CONTEXT_TASKS[int(rng.integers(len(LONG_CONTEXT_TASKS)))]
-  task = tasks.TASKS[name]
   for _ in range(_TRIES):
+    name = LONG_CONTEXT_TASKS[int(rng.integers(len(LONG_CONTEXT_TASKS)))]
+    task = tasks.TASKS[name]
     tokens, weights = task.document(
       rng, corpus, corpus.tokenizer, num_tokens + 64, answer_weight=2.0
     ) or (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -124,8 +124,8 @@ def _question(rng, corpus, num_tokens: int) -> np.ndarray:
     if len(begins):
       return tokens[: int(begins[0])]
   raise ValueError(
-    f"num_tokens must be large enough for {name}; got num_tokens={num_tokens}; "
-    "expected at least some 512."
+    "num_tokens must be large enough for long_context; got "
+    f"num_tokens={num_tokens}; expected at least some 256."
   )
 
 
