@@ -99,6 +99,7 @@ class SpeculationConfig:
       fill most of it, the others `short_prompt`.
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
+    repeats: timed calls of each batch, of which the fastest counts.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
     long_prompts: lengths of long prompts, one request each, whose prefill and
       answer are timed together, dense and sparse.
@@ -137,6 +138,7 @@ class SpeculationConfig:
   prompt_len: int = 1024
   short_prompt: int = 256
   new_tokens: int = 256
+  repeats: int = 2
   batch_1_prompts: int = 4
   long_prompts: tuple[int, ...] = ()
   long_new_tokens: int = 512
@@ -159,6 +161,7 @@ class SpeculationConfig:
       "prompt_len",
       "short_prompt",
       "new_tokens",
+      "repeats",
       "batch_1_prompts",
       "exact_new_tokens",
     ):

@@ -71,6 +71,7 @@ def get_config():
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)
   config.prompts = 64
+  config.repeats = 2
   config.batch_1_prompts = 4
   config.prompt_len = 1024
   config.short_prompt = 256
