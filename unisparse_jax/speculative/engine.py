@@ -23,8 +23,13 @@ from jaxtyping import Array, Bool, Int
 
 from unisparse_jax import models
 from unisparse_jax.models import kv_cache, prompt_pass, sampling
+from unisparse_jax.speculative import (
+  plain_steps,
+  statistics,
+  tree,
+  verify_step,
+)
 from unisparse_jax.speculative import policy as policy_lib
-from unisparse_jax.speculative import statistics, tree, verify_step
 from unisparse_jax.speculative.drafters import base
 
 
@@ -128,7 +133,7 @@ def prefill(
     noise = sampling.noise_at(keys, lengths, target.config.vocab_size)
   first = sampling.draw_with_noise(settings.sampler, target.logits(last), noise)
   buffer = jnp.pad(tokens, ((0, 0), (0, settings.capacity - q_len)))
-  buffer = _write_rows(buffer, first[:, None], lengths)
+  buffer = tree.write_rows(buffer, first[:, None], lengths)
   committed = base.Committed(
     tokens=tokens,
     next_tokens=buffer[:, 1 : q_len + 1],
@@ -193,23 +198,65 @@ def decode(
   def is_running(state):
     return jnp.any(~state.done) & (state.log.num_steps < last_step)
 
-  return lax.while_loop(
-    is_running,
-    lambda state: _step(target, drafter, policy, state, settings),
-    state,
+  def step(state):
+    return _step(target, drafter, policy, state, settings)
+
+  if not policy.can_skip:
+    return lax.while_loop(is_running, step, state)
+
+  def drafts(state):
+    return policy.should_draft(state.policy_state, _context(state))
+
+  def body(state):
+    state = plain_steps.plain_steps(
+      target,
+      drafter,
+      policy,
+      state,
+      wants_plain=lambda state: is_running(state) & ~drafts(state),
+      is_end=lambda tokens: _is_any(tokens, settings.eos_ids),
+      shape=settings.shape,
+      sampler=settings.sampler,
+      taps=_taps(target, drafter),
+    )
+    # At most one round; see `plain_steps` for why this is a loop.
+    _, state = lax.while_loop(
+      lambda carry: carry[0] & is_running(carry[1]) & drafts(carry[1]),
+      lambda carry: (jnp.bool_(False), step(carry[1])),
+      (jnp.bool_(True), state),
+    )
+    return state
+
+  return lax.while_loop(is_running, body, state)
+
+
+def room_behind(policy: policy_lib.Policy, shape: tree.TreeShape) -> int:
+  """Slots past the last token that a step, or the drafter, may write."""
+  longest = plain_steps.MAX_STEPS if policy.can_skip else 0
+  return max(shape.max_depth, longest) + 1
+
+
+def _context(state: DecodeState) -> base.Context:
+  return base.Context(
+    tokens=state.tokens,
+    lengths=state.lengths,
+    active=~state.done,
+    step=state.log.num_steps,
   )
 
 
 def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   shape = settings.shape
   active = ~state.done
-  context = base.Context(
-    tokens=state.tokens,
-    lengths=state.lengths,
-    active=active,
-    step=state.log.num_steps,
+  context = _context(state)
+  draft = drafter.draft(
+    target,
+    state.drafter_state,
+    context,
+    shape=shape,
+    policy=policy,
+    policy_state=state.policy_state,
   )
-  draft = _draft(target, drafter, policy, state, context, shape)
   nodes_tree = tree.build(
     context.root_tokens,
     draft.pool,
@@ -262,7 +309,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     active=active,
   )
   return DecodeState(
-    tokens=_write_rows(state.tokens, emitted, state.lengths),
+    tokens=tree.write_rows(state.tokens, emitted, state.lengths),
     lengths=lengths,
     limits=state.limits,
     done=state.done | ended | (lengths >= state.limits),
@@ -287,49 +334,15 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   )
 
 
-def _draft(target, drafter, policy, state, context, shape) -> base.Draft:
-  def run():
-    return drafter.draft(
-      target,
-      state.drafter_state,
-      context,
-      shape=shape,
-      policy=policy,
-      policy_state=state.policy_state,
-    )
-
-  wanted = policy.should_draft(state.policy_state, context)
-  if wanted is None:
-    return run()
-  like = jax.eval_shape(run)
-  return lax.cond(wanted, run, lambda: _no_draft(like))
-
-
-def _no_draft(like: base.Draft) -> base.Draft:
-  """A draft of the same shapes that holds no candidate."""
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-  empty = jnp.full_like(zeros.pool.scores, tree.EMPTY)
-  pool = dataclasses.replace(
-    zeros.pool, parents=zeros.pool.parents - 1, scores=empty
-  )
-  return dataclasses.replace(zeros, pool=pool)
-
-
 def _taps(target, drafter) -> tuple[int, ...]:
   if not drafter.needs_taps:
     return ()
+  own = getattr(drafter, "tap_layers", None)
+  if own is not None:
+    return tuple(own)
   return models.tap_layers(target.config.num_layers)
 
 
 def _is_any(tokens, eos_ids: tuple[int, ...]):
   found = [tokens == eos_id for eos_id in eos_ids]
   return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))
-
-
-def _write_rows(buffer, values, starts):
-  """Writes values[b] at buffer[b, starts[b]:]."""
-  if buffer.shape[0] == 1:
-    return lax.dynamic_update_slice(buffer, values, (0, starts[0]))
-  return jax.vmap(
-    lambda row, new, start: lax.dynamic_update_slice(row, new, (start,))
-  )(buffer, values, starts)

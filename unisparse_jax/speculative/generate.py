@@ -189,7 +189,8 @@ def prepare(
     checks.check_positive_int("chunk", chunk)
     chunk = int(chunk) if chunk < q_len else None
   # A step writes a whole path past what is known.
-  needed = total + shape.max_depth + 1
+  room = engine.room_behind(policy, shape)
+  needed = total + room
   if capacity is None:
     capacity = -(-needed // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
   checks.check_positive_int("capacity", capacity)
@@ -198,7 +199,7 @@ def prepare(
     "capacity",
     "hold the prompt, the new tokens and a path of the tree",
     capacity,
-    f"capacity >= {q_len} + {new_tokens} + {shape.max_depth + 1}",
+    f"capacity >= {q_len} + {new_tokens} + {room}",
   )
   drafter.check(target, shape)
   policy.check(shape)

@@ -104,7 +104,11 @@ class Drafter(Protocol):
 
   @property
   def needs_taps(self) -> bool:
-    """Whether `Committed.taps` must be given. Static."""
+    """Whether `Committed.taps` must be given. Static.
+
+    A drafter may name the layers in an attribute `tap_layers`; default:
+    `models.tap_layers`.
+    """
     ...
 
   def check(self, target: Any, shape: tree.TreeShape):
@@ -129,7 +133,7 @@ class Drafter(Protocol):
     Args:
       target: the model that verifies.
       state: earlier tokens; empty in a prefill.
-      committed: new tokens, at most max_depth + 1 a row but in a prefill.
+      committed: new tokens, up to `engine.room_behind` a row but in a prefill.
       is_prefill: static; the state is empty and every start is 0.
       attention_fn: how to attend in a prefill.
     """
