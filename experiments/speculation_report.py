@@ -19,7 +19,8 @@ _DEFINITIONS = (
   "Nodes are what was verified, root included; padded is what the compiled "
   "size had room for. Tokens per second and times are of decoding, prefill "
   "apart. A row differs where any token is not that of plain decoding in the "
-  "same dtype."
+  "same dtype; gap is the largest distance of the two tokens' logits where "
+  "greedy rows part: near 0, they were tied."
 )
 
 

@@ -25,6 +25,7 @@ COLUMNS = (
   ("over_fixed", "vs fixed", "{:+.1%}"),
   ("nodes_over_fixed", "nodes vs fixed", "{:+.1%}"),
   ("mismatched_rows", "rows differ", "{:.0f}"),
+  ("largest_gap", "gap", "{:.3f}"),
 )
 
 
@@ -39,6 +40,9 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   """
   # Long prompts have a table of their own.
   rows = [dict(r) for r in records if r["kind"] != "long"]
+  for row in rows:
+    if row.get("first_gaps"):
+      row["largest_gap"] = max(row["first_gaps"])
   places = {(r["kind"], r["temperature"], r["batch"]) for r in rows}
   for kind, temperature, batch in sorted(places):
     here = [
@@ -115,6 +119,8 @@ def _mean(rows: Sequence[Row]) -> Row:
       mean[name] = float(np.mean([r[name] for r in rows]))
   for name in ("calls", "rows", "written", "mismatched_rows"):
     mean[name] = sum(r[name] for r in rows)
+  if gaps := [r["largest_gap"] for r in rows if "largest_gap" in r]:
+    mean["largest_gap"] = max(gaps)
   return mean
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from experiments import speculation_config as config_lib
 from experiments import speculation_setup
 from unisparse_jax import attention
-from unisparse_jax.speculative import calibration, oracle, policy
+from unisparse_jax.speculative import agreement, calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
 
+_MAX_GAPS = 8  # rows of a measurement that are looked into
 ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 # Methods whose policy is a table: one compiled program.
 _TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
@@ -204,11 +205,12 @@ class Measurer:
     prompts = self._setup.prompts(
       step.domain, count=count, use="measure", size=step.prompt_len
     )
-    calls, expected = [], []
+    calls, expected, given = [], [], []
     for first in range(0, count - step.batch + 1, step.batch):
       tokens, lengths = self._setup.padded(
         prompts[first : first + step.batch], step.prompt_len
       )
+      given.append((tokens, lengths))
       common = dict(
         tokens=tokens,
         lengths=lengths,
@@ -234,10 +236,33 @@ class Measurer:
       for first, call in enumerate(calls):
         self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
       expected = [call.tokens for call in calls]
-    return {
+    values = {
       **_values(calls, step, new_tokens),
       **_mismatches(calls, expected),
     }
+    if values["mismatched_rows"] and not step.temperature:
+      values["first_gaps"] = self._gaps(calls, expected, given, dtype)
+    return values
+
+  def _gaps(self, calls, expected, given, dtype: str) -> list[float]:
+    """Logit gaps at the first difference of some rows: ties, or errors?"""
+    target, gaps = self._setup.target(dtype), []
+    for call, wanted, (tokens, lengths) in zip(
+      calls, expected, given, strict=True
+    ):
+      for row in np.flatnonzero((call.tokens != wanted).any(axis=1)):
+        if len(gaps) == _MAX_GAPS:
+          return gaps
+        one = slice(row, row + 1)  # alone: one program for every batch size
+        found = agreement.first_mismatches(
+          target,
+          tokens[one],
+          wanted[one],
+          call.tokens[one],
+          lengths=lengths[one],
+        )
+        gaps += [mismatch.gap for mismatch in found]
+    return gaps
 
   def _place(self, step: Step, first: int, dtype: str) -> tuple:
     return (step.domain, first, dtype, *step.place[1:])

@@ -82,6 +82,7 @@ def test_calibrates_measures_and_resumes(
   assert [r["method"] for r in lines] == list(config.methods)
   assert all(r["mismatched_rows"] == 0 for r in lines)
   by_method = {r["method"]: r for r in lines}
+  assert "first_gaps" not in by_method["fixed"]
   assert by_method["plain"]["tokens_per_call"] == 1.0
   fixed = by_method["fixed"]
   assert fixed["nodes_per_call"] <= 4
@@ -177,3 +178,26 @@ def test_speed_ups_are_per_domain():
   assert mean["fixed"]["least_speedup"] == pytest.approx(1.0)
   assert mean["heterospec"]["over_fixed"] == pytest.approx(0.075)
   assert np.isclose(mean["heterospec"]["tokens_per_s"], 270.0)
+
+
+def test_gaps_are_those_of_the_rows_that_differ(model_folder, tmp_path):
+  config = small(model_folder, tmp_path)
+  config.methods = ("plain",)
+  measurer = speculative_speedup_run.Measurer(
+    speculation_config.parse(config), tmp_path, []
+  )
+  prompt = np.arange(3, 11, dtype=np.int32)[None]
+  wanted = np.full((1, 4), 7, np.int32)
+  found = wanted.copy()
+  found[0, 2] = 9
+  call = types.SimpleNamespace(tokens=found)
+  gaps = measurer._gaps(
+    [call, types.SimpleNamespace(tokens=wanted)],
+    [wanted, wanted],
+    [(prompt, np.array([8], np.int32))] * 2,
+    "float32",
+  )
+  model = models.load_hf(model_folder)
+  known = np.concatenate([prompt[0], [7, 7]])[None]
+  logits = model(np.asarray(known))[0][0, -1]
+  assert gaps == [pytest.approx(abs(float(logits[7] - logits[9])), abs=1e-4)]
