@@ -23,6 +23,9 @@ from unisparse_jax.speculative.drafters.lookup import (
 from unisparse_jax.speculative.drafters.lookup import (
   SuffixMatch as SuffixMatch,
 )
+from unisparse_jax.speculative.drafters.sampled_chain import (
+  SampledChain as SampledChain,
+)
 from unisparse_jax.speculative.drafters.small_decoder import (
   SmallDecoder as SmallDecoder,
 )

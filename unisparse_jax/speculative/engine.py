@@ -242,6 +242,7 @@ def _context(state: DecodeState) -> base.Context:
     lengths=state.lengths,
     active=~state.done,
     step=state.log.num_steps,
+    keys=state.keys,
   )
 
 
@@ -278,6 +279,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     shape=shape,
     sampler=settings.sampler,
     taps=_taps(target, drafter),
+    probabilities=draft.probabilities,
   )
   acceptance, keys_new, values_new, taps = result
 

@@ -3,7 +3,8 @@
 
 The output is that of plain decoding with the same sampler and key, token for
 token, up to the rounding of near-ties: a pass over several tokens may add in
-another order than a pass over one.
+another order than a pass over one. A drafter that draws at random and is
+verified by rejection (`SampledChain`) keeps the distribution, not the tokens.
 """
 
 import dataclasses
@@ -203,6 +204,8 @@ def prepare(
   )
   drafter.check(target, shape)
   policy.check(shape)
+  if getattr(drafter, "gives_probabilities", False):
+    _check_rejection(shape, policy, sampler)
   if check_drafter and policy.drafter_hash is not None:
     got = base.fingerprint(drafter)
     checks.require(
@@ -350,6 +353,28 @@ def _new_tokens(tokens, starts, ends, *, max_new_tokens, fill):
   index = starts[:, None] + index
   out = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
   return jnp.where(index < ends[:, None], out, fill)
+
+
+def _check_rejection(shape, policy, sampler):
+  checks.require(
+    isinstance(policy, policy_lib.Fixed),
+    "policy",
+    "be Fixed where drafts are drawn at random",
+    type(policy).__name__,
+  )
+  checks.require(
+    not shape.packed,
+    "packed",
+    "be empty where drafts are drawn at random",
+    shape.packed,
+  )
+  checks.require(
+    sampler.needs_key,
+    "sampler",
+    "draw at random where drafts are",
+    sampler,
+    "a Temperature, or another drafter for greedy decoding",
+  )
 
 
 def _as_limits(max_new_tokens: Any, batch: int) -> np.ndarray:

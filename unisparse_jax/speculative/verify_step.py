@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 from unisparse_jax import models
 from unisparse_jax.models import sampling
 from unisparse_jax.speculative import tree, verification
+from unisparse_jax.speculative.drafters import base
 
 
 def sizes(shape: tree.TreeShape) -> Int[Array, " num_sizes"]:
@@ -35,6 +36,7 @@ def verify(
   shape: tree.TreeShape,
   sampler: sampling.Sampler,
   taps: Sequence[int],
+  probabilities: Any = None,
 ) -> tuple[Array, Array, tuple[verification.Acceptance, tuple, tuple, Any]]:
   """Runs the smallest size that holds what every row asks for.
 
@@ -49,6 +51,8 @@ def verify(
     shape: static sizes.
     sampler: how the target's tokens are drawn.
     taps: layers whose input is returned for the accepted path.
+    probabilities: of `drafters.base.Draft`; given, a chain is verified by
+      rejection.
 
   Returns:
     The index of the size, the nodes that each row got, and: what was accepted;
@@ -68,7 +72,7 @@ def verify(
     )
 
   branches = [branch(size) for size in shape.packed or shape.buckets]
-  operands = (draft, cache, lengths, keys)
+  operands = (draft, cache, lengths, keys, probabilities)
   if len(branches) == 1:
     return jnp.int32(0), num_nodes, branches[0](*operands)
   index = jnp.searchsorted(sizes(shape), total).astype(jnp.int32)
@@ -97,7 +101,17 @@ def _share(draft, num_nodes, active, budget):
 
 
 def _verify_size(
-  target, size, draft, cache, lengths, keys, *, shape, sampler, taps
+  target,
+  size,
+  draft,
+  cache,
+  lengths,
+  keys,
+  probabilities,
+  *,
+  shape,
+  sampler,
+  taps,
 ):
   """Verifies with one static size: nodes a row, or in all if packed."""
   packing = None
@@ -117,15 +131,27 @@ def _verify_size(
     packing=packing,
   )
   logits = target.logits(out.hidden)
-  noise = None
-  if keys is not None:
-    noise = _node_noise(draft, lengths, keys, shape, logits.shape[-1], packing)
-  targets = sampling.draw_with_noise(sampler, logits, noise)
-  if packing is not None:
-    targets = packing.unpack(targets)
-  acceptance = verification.accept_matches(
-    draft, targets, max_depth=shape.max_depth
-  )
+  if probabilities is None:
+    noise = None
+    if keys is not None:
+      vocab_size = logits.shape[-1]
+      noise = _node_noise(draft, lengths, keys, shape, vocab_size, packing)
+    targets = sampling.draw_with_noise(sampler, logits, noise)
+    if packing is not None:
+      targets = packing.unpack(targets)
+    acceptance = verification.accept_matches(
+      draft, targets, max_depth=shape.max_depth
+    )
+  else:
+    # The chain's last node has no child; what it was drawn from is not asked.
+    q = jnp.pad(probabilities, ((0, 0), (0, 1), (0, 0)))
+    acceptance = verification.accept_by_rejection(
+      draft,
+      sampler.probabilities(logits),
+      q[:, : draft.tokens.shape[1]],
+      base.step_keys(keys, lengths, 1),
+      max_depth=shape.max_depth,
+    )
 
   def on_path(values):
     index = acceptance.path.reshape(

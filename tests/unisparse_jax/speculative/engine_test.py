@@ -552,8 +552,11 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed):
   counts, taps = session.state.drafter_state
   np.testing.assert_array_equal(counts, known - 1)
   tokens = absolute(prompts, LENGTHS, expected)[:, : known.max()]
-  _, _, fresh = target.hidden_states_and_taps(
-    jnp.asarray(tokens), taps=models.tap_layers(target.config.num_layers)
+  taps_of = jax.jit(
+    models.Decoder.hidden_states_and_taps, static_argnames="taps"
+  )
+  _, _, fresh = taps_of(
+    target, tokens, taps=models.tap_layers(target.config.num_layers)
   )
   for row, length in enumerate(known - 1):
     np.testing.assert_allclose(
