@@ -45,7 +45,6 @@ def get_config():
     weight_decay=0.1,
     z_loss=1e-5,
     dtype="bfloat16",
-    remat=True,
     attention="cudnn",
     checkpoint_every=2000,
     eval_every=0,
