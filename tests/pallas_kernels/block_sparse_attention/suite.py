@@ -84,6 +84,29 @@ def make_case(name, dtype=jnp.float32, minimum=0):
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 
 
+def gradients(name, implementation):
+  """Of a loss of out and lse, in float32, by q, k and v."""
+  (q, k, v, indices, counts), settings, _ = make_case(name)
+
+  def loss(q, k, v):
+    out, lse = pallas_kernels.block_sparse_attention(
+      q, k, v, indices, counts, **settings, implementation=implementation
+    )
+    weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+    finite = jnp.where(jnp.isinf(lse), 0.0, lse)
+    return (out.ravel() * weight).sum() + jnp.sin(finite).sum()
+
+  # Precision: a GPU would round to TF32.
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+
+@functools.cache
+def reference_gradients(name):
+  """The same for every back end, so compiled once."""
+  return jax.tree.map(np.asarray, gradients(name, "reference"))
+
+
 class BlockSparseAttentionSuite:
   """Every back end must pass it; a subclass names its `implementation`."""
 
@@ -160,23 +183,8 @@ class BlockSparseAttentionSuite:
 
   @pytest.mark.parametrize("name", ["shared_mask", "ragged", "bidirectional"])
   def test_gradients_match_reference(self, name):
-    (q, k, v, indices, counts), settings, _ = make_case(name)
-
-    def loss(q, k, v, implementation):
-      out, lse = pallas_kernels.block_sparse_attention(
-        q, k, v, indices, counts, **settings, implementation=implementation
-      )
-      weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
-      finite = jnp.where(jnp.isinf(lse), 0.0, lse)
-      return (out.ravel() * weight).sum() + jnp.sin(finite).sum()
-
-    gradient = jax.jit(
-      jax.grad(loss, argnums=(0, 1, 2)), static_argnames="implementation"
-    )
-    with jax.default_matmul_precision("highest"):  # as above
-      actual = gradient(q, k, v, implementation=self.implementation)
-      expected = gradient(q, k, v, implementation="reference")
-    for a, e in zip(actual, expected, strict=True):
+    actual = gradients(name, self.implementation)
+    for a, e in zip(actual, reference_gradients(name), strict=True):
       helpers.assert_same(a, e, 3e-6)  # measured 6e-7
 
   def test_poisoned_padding_does_not_leak(self):
