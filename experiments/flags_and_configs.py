@@ -8,6 +8,8 @@ import logging
 import os
 import pathlib
 import sys
+import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 T = TypeVar("T")
+_END_SECONDS = 30.0
 
 
 @functools.cache
@@ -77,7 +80,25 @@ def run(main: Callable[[list[str]], Any]):
         f"{error}."
       )
 
-  app.run(main, flags_parser=parse)
+  code = 1
+  try:
+    app.run(main, flags_parser=parse)
+    code = 0
+  except SystemExit as error:
+    code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    raise
+  finally:
+    _end_within(_END_SECONDS, code)
+
+
+def _end_within(seconds: float, code: int):
+  """Ends the process even if a library's threads keep it alive."""
+
+  def end():
+    time.sleep(seconds)
+    os._exit(code)
+
+  threading.Thread(target=end, daemon=True).start()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

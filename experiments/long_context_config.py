@@ -16,6 +16,7 @@ from unisparse_jax.attention import dense
 DENSE = "dense"  # label of the reference, measured in every run
 JAX_NN = "jax.nn"  # label of `jax.nn.dot_product_attention`
 CALIBRATED = "calibrated"  # method whose settings are read from a file
+_CALIBRATION = "sparse_attention.json"  # that file beside a model's weights
 MEASURES = ("answers", "next_token", "layers", "attention_time", "prefill")
 REFERENCE_MEASURES = ("answers", "next_token", "prefill")
 _PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
@@ -49,7 +50,8 @@ class LongContextConfig:
     model: folder of a checkpoint, or the name of one that ships.
     patterns: mappings with "label", "method", optionally "measure" (default
       all of `MEASURES`) and the method's own settings. The method
-      "calibrated" has one, "file", as `experiments.calibrate` writes it.
+      "calibrated" has one, "file", as `experiments.calibrate` writes it;
+      default sparse_attention.json in the model's folder.
     lengths: tokens of a prompt and its answer.
     reference_measure: which of `REFERENCE_MEASURES` to take of dense attention;
       where attention is timed, dense attention is as well.
@@ -128,7 +130,7 @@ class LongContextConfig:
   def entries(self) -> tuple[PatternEntry, ...]:
     """`patterns`, built."""
     return tuple(
-      _entry(values, f"config.patterns[{i}]")
+      _entry(values, f"config.patterns[{i}]", self.model)
       for i, values in enumerate(self.patterns)
     )
 
@@ -218,7 +220,7 @@ def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
   for entry in values.get("patterns", ()):
     if entry["method"] == CALIBRATED:
       name = f"{entry['label']} sha256"
-      values[name] = _sha256(pathlib.Path(entry["file"]))
+      values[name] = _sha256(_calibration_file(entry, str(folder)))
   return values
 
 
@@ -236,7 +238,13 @@ def _sha256(file: pathlib.Path) -> str:
   return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _entry(values: Any, name: str) -> PatternEntry:
+def _calibration_file(settings: Mapping, model: str) -> pathlib.Path:
+  if "file" in settings:
+    return pathlib.Path(settings["file"])
+  return model_folder(model) / _CALIBRATION
+
+
+def _entry(values: Any, name: str, model: str) -> PatternEntry:
   if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
     raise ValueError(f"{name} must be a mapping; got {values!r}.")
   settings = flags_and_configs.to_dict(values)
@@ -257,7 +265,7 @@ def _entry(values: Any, name: str) -> PatternEntry:
   try:
     if method == CALIBRATED:
       flags_and_configs.check_keys("settings of calibrated", settings, ["file"])
-      file = str(settings.get("file", ""))
+      file = _calibration_file(settings, model)
       patterns = attention.load_calibration(file).patterns()
     else:
       patterns = (attention.make_pattern(method, **settings),)

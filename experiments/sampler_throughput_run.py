@@ -58,22 +58,31 @@ def measure(problem, settings: Settings):
 
 
 def timed(fn, repeats: int):
-  """Seconds of fn() after one call, and the last result.
+  """(seconds, last result) of fn(); see `timed_in_turn`."""
+  ((seconds, result),) = timed_in_turn([fn], repeats)
+  return seconds, result
 
-  The median of the wall clock on an accelerator. On a CPU, the least time of
-  all threads of this process, which other work hardly moves: with one thread
+
+def timed_in_turn(fns, repeats: int):
+  """(seconds, last result) of each function, after one call of each.
+
+  They take turns, so that what else the machine does falls on all alike. The
+  median of the wall clock on an accelerator. On a CPU, the least time of all
+  threads of this process, which other work hardly moves: with one thread
   (XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) it is the wall clock of a
   machine that does nothing else.
   """
-  jax.block_until_ready(fn())
+  results = [jax.block_until_ready(fn()) for fn in fns]
   on_cpu = jax.default_backend() == "cpu"
   clock = time.process_time if on_cpu else time.perf_counter
-  seconds = []
-  for _ in range(repeats):
-    start = clock()
-    result = jax.block_until_ready(fn())
-    seconds.append(clock() - start)
-  return float(min(seconds) if on_cpu else np.median(seconds)), result
+  seconds = np.empty((repeats, len(fns)))
+  for repeat in range(repeats):
+    for number, fn in enumerate(fns):
+      start = clock()
+      results[number] = jax.block_until_ready(fn())
+      seconds[repeat, number] = clock() - start
+  best = seconds.min(0) if on_cpu else np.median(seconds, axis=0)
+  return list(zip(best.tolist(), results, strict=True))
 
 
 def time_products(shape: tuple[int, int], settings: Settings) -> dict:
@@ -150,34 +159,35 @@ def ours(problem, settings: Settings, acceptance: float):
 
   common = {"acceptance": acceptance, "step_size": float(warm.step_size)}
   steps = settings.num_chains * settings.num_steps
-  bare, _ = timed(run, settings.repeats)
+  runs = {"": run}
+  for name, functions in (
+    ("_linear", (mcmc.poisson.Linear(),)),
+    ("_linear_square", (mcmc.poisson.Linear(), mcmc.poisson.Square())),
+  ):
+    variates = mcmc.control_variates.poisson_terms(functions)
+    more = dict(
+      collector=variates.collector,
+      carry=variates.init(warm.state.position, products_of_terms=False),
+      collector_parameters=(problem.reference(warm.step_size),),
+    )
+    runs[name] = lambda more=more: run(**more)
+  measured = timed_in_turn(list(runs.values()), settings.repeats)
+  bare, _ = measured[0]
   yield {
     "kind": "gi_mala",
     **common,
     "seconds": bare,
     "gradients_per_second": steps / bare,
   }
-  for name, functions in (
-    ("linear", (mcmc.poisson.Linear(),)),
-    ("linear_square", (mcmc.poisson.Linear(), mcmc.poisson.Square())),
-  ):
-    variates = mcmc.control_variates.poisson_terms(functions)
-    carry = variates.init(warm.state.position, products_of_terms=False)
-    more = dict(
-      collector=variates.collector,
-      carry=carry,
-      collector_parameters=(problem.reference(warm.step_size),),
-    )
-    seconds, result = timed(lambda more=more: run(**more), settings.repeats)
+  candidates = mcmc.control_variates.candidates(3)
+  for name, (seconds, result) in list(zip(runs, measured, strict=True))[1:]:
     accumulator = jax.device_get(result.carry)
     start = time.perf_counter()
-    choice = mcmc.choose(
-      accumulator, mcmc.control_variates.candidates(variates.num_terms)
-    )
+    choice = mcmc.choose(accumulator, candidates)
     host = time.perf_counter() - start
     estimate, dim = choice.estimate, problem.target.dim
     yield {
-      "kind": f"gi_mala_{name}",
+      "kind": f"gi_mala{name}",
       **common,
       "acceptance_rate": float(np.mean(result.stats.acceptance_rate)),
       "seconds": seconds,

@@ -99,7 +99,13 @@ class SpeculationConfig:
       fill most of it, the others `short_prompt`.
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
+    repeats: timed calls of each batch, of which the fastest counts.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
+    long_prompts: lengths of long prompts, one request each, whose prefill and
+      answer are timed together, dense and sparse.
+    long_new_tokens: tokens of their answers.
+    long_methods: of METHODS, beside plain decoding.
+    long_top_p: of the sparse prefill of target and head.
     exact_prompts: prompts of each domain whose float32 output is compared.
     exact_batches: rows of these comparisons.
     exact_new_tokens: tokens of each.
@@ -132,7 +138,12 @@ class SpeculationConfig:
   prompt_len: int = 1024
   short_prompt: int = 256
   new_tokens: int = 256
+  repeats: int = 2
   batch_1_prompts: int = 4
+  long_prompts: tuple[int, ...] = ()
+  long_new_tokens: int = 512
+  long_methods: tuple[str, ...] = ("fixed", "heterospec")
+  long_top_p: float = 0.95
   exact_prompts: int = 4
   exact_batches: tuple[int, ...] = (1, 4)
   exact_new_tokens: int = 64
@@ -150,6 +161,7 @@ class SpeculationConfig:
       "prompt_len",
       "short_prompt",
       "new_tokens",
+      "repeats",
       "batch_1_prompts",
       "exact_new_tokens",
     ):
@@ -158,6 +170,9 @@ class SpeculationConfig:
     for name, allowed in (("methods", METHODS), ("domains", domains.DOMAINS)):
       for value in getattr(self, name):
         checks.check_choice(name, value, allowed)
+    for method in self.long_methods:
+      checks.check_choice("long_methods", method, METHODS)
+    checks.check_fraction("long_top_p", self.long_top_p)
     for method in self.few:
       checks.check_choice("few", method, METHODS)
     for name in ("batches", "temperatures", "domains"):
@@ -213,9 +228,11 @@ class SpeculationConfig:
     longest = self.prompt_len + max(
       self.new_tokens, self.calibration.new_tokens, self.exact_new_tokens
     )
+    for length in self.long_prompts:
+      longest = max(longest, length + self.long_new_tokens)
     checks.require(
       longest <= model.max_len,
-      "prompt_len and new_tokens",
+      "a prompt and its new tokens",
       "not exceed the model's max_len",
       longest,
       f"<= {model.max_len}",

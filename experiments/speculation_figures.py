@@ -93,6 +93,7 @@ def _by_batch(rows) -> bytes:
   axes.set_xlabel("batch")
   axes.set_ylabel("times plain decoding")
   axes.legend(fontsize=7, ncols=2, frameon=False)
+  figures.tidy(axes)
   return figures.png(figure)
 
 
@@ -117,7 +118,11 @@ def _by_domain(rows) -> bytes:
       [i + 0.4 - width / 2 for i in range(len(names))], names, fontsize=7
     )
     axes.set_title(title, fontsize=9)
-  left.legend(fontsize=6, ncols=2, frameon=False)
+    figures.tidy(axes, "y")
+  figure.legend(
+    *left.get_legend_handles_labels(),
+    loc="outside lower center", ncols=6, fontsize=7, frameon=False,
+  )  # fmt: skip
   return figures.png(figure)
 
 
@@ -140,6 +145,8 @@ def _histograms(rows) -> bytes:
   left.set_ylabel("share of calls")
   left.legend(fontsize=8, frameon=False)
   right.set_xlabel("entropy, nats")
+  for axes in (left, right):
+    figures.tidy(axes, "y")
   return figures.png(figure)
 
 

@@ -19,7 +19,8 @@ _DEFINITIONS = (
   "Nodes are what was verified, root included; padded is what the compiled "
   "size had room for. Tokens per second and times are of decoding, prefill "
   "apart. A row differs where any token is not that of plain decoding in the "
-  "same dtype."
+  "same dtype; gap is the largest distance of the two tokens' logits where "
+  "greedy rows part: near 0, they were tied."
 )
 
 
@@ -69,6 +70,10 @@ def write(
     parts += _section(
       f"Batch {batch}, temperature {temperature:g}", _table(here)
     )
+  if long := summary.long_rows(records):
+    parts += _section(
+      "Long prompt and long answer", _table(long, summary.LONG_COLUMNS)
+    )
   exact = [r for r in rows if r["kind"] == "exact"]
   if exact:
     parts += _section("float32 against plain decoding", _table(exact))
@@ -91,8 +96,8 @@ def _section(title: str, body: str) -> list[str]:
   return [f"<h2>{_text(title)}</h2>", f"<div class='wide'>{body}</div>"]
 
 
-def _table(rows) -> str:
-  columns = summary.used_columns(rows)
+def _table(rows, columns=None) -> str:
+  columns = columns or summary.used_columns(rows)
   heads = ("T", "batch", "domain", "method")
   head = "".join(f"<th class='name'>{name}</th>" for name in heads)
   head += "".join(f"<th>{_text(heading)}</th>" for _, heading, _ in columns)

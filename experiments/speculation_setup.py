@@ -19,7 +19,7 @@ from experiments import (
   own_text_data,
 )
 from experiments import speculation_config as config_lib
-from unisparse_jax import data, models, speculative
+from unisparse_jax import attention, data, models, speculative
 from unisparse_jax.data import domains
 from unisparse_jax.speculative import head_files
 from unisparse_jax.speculative import policy as policy_lib
@@ -55,7 +55,7 @@ class Setup:
     self.folder = long_context_config.model_folder(config.target)
     self._workdir = workdir
     self._targets: dict[str, models.Decoder] = {}
-    self._prompts: dict[tuple[str, int, str], list[np.ndarray]] = {}
+    self._prompts: dict[tuple, list[np.ndarray]] = {}
     self._drafters: dict[tuple[str, str], Any] = {}
 
   @functools.cached_property
@@ -114,19 +114,23 @@ class Setup:
       drafter_hash=self.drafter_hash,
     )
 
-  def prompts(self, domain: str, *, count: int, use: str) -> list[np.ndarray]:
+  def prompts(
+    self, domain: str, *, count: int, use: str, size: int = 0
+  ) -> list[np.ndarray]:
     """Prompts of a domain; those for another use are other ones.
 
     Args:
       domain: of `data.domains.DOMAINS`.
       count: how many; the first ones do not depend on it.
       use: such as "measure" or "calibrate".
+      size: tokens; 0: as the config says.
     """
-    if (domain, count, use) in self._prompts:
-      return self._prompts[domain, count, use]
-    size = self.config.short_prompt
-    if domain == "long_context":
-      size = self.config.prompt_len
+    if not size:
+      is_long = domain == "long_context"
+      size = self.config.prompt_len if is_long else self.config.short_prompt
+    place = (domain, count, use, size)
+    if place in self._prompts:
+      return self._prompts[place]
     seed = hashlib.sha256(f"{self.config.seed} {use} {domain}".encode())
     made = own_text_data.make_prompts(
       self.corpus,
@@ -135,12 +139,15 @@ class Setup:
       int.from_bytes(seed.digest()[:4], "little"),
       num_processes=1,
     )
-    self._prompts[domain, count, use] = made
+    self._prompts[place] = made
     return made
 
-  def padded(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens int32 [batch, prompt_len] and lengths int32 [batch]."""
-    tokens = np.zeros((len(prompts), self.config.prompt_len), np.int32)
+  def padded(
+    self, prompts: list[np.ndarray], size: int = 0
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """tokens int32 [batch, size or prompt_len] and lengths int32 [batch]."""
+    size = size or self.config.prompt_len
+    tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
       row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -167,6 +174,7 @@ class Setup:
     dtype: str,
     log_trees: bool = False,
     limit: int | None = None,
+    attention_fn: attention.AttentionFn = attention.DenseAttention(),
   ) -> Call:
     """Decodes one batch; plainly where `drafter` is None.
 
@@ -182,6 +190,7 @@ class Setup:
       dtype: of the target and the head.
       log_trees: see `speculative.generate`.
       limit: steps to take; default until all rows are done.
+      attention_fn: of the prefill, of target and head.
     """
     arguments = dict(
       drafter=drafter,
@@ -195,6 +204,7 @@ class Setup:
       dtype=dtype,
       log_trees=log_trees,
       limit=limit,
+      attention_fn=attention_fn,
     )
     if dtype == "float32":
       # Or a GPU would round the factors of products to 10 bits.
@@ -216,13 +226,16 @@ class Setup:
     dtype,
     log_trees,
     limit,
+    attention_fn,
   ) -> Call:
     target = self.target(dtype)
     sampler: models.Sampler = models.Greedy()
     if temperature:
       sampler = models.Temperature(temperature=temperature)
     if drafter is None:
-      return _plain(target, tokens, lengths, keys, sampler, new_tokens)
+      return _plain(
+        target, tokens, lengths, keys, sampler, new_tokens, attention_fn
+      )
     start = time.perf_counter()
     session = speculative.prepare(
       target,
@@ -233,6 +246,7 @@ class Setup:
       shape=shape,
       policy=policy,
       sampler=sampler,
+      attention_fn=attention_fn,
       rng_key=keys if temperature else None,
       log_trees=log_trees,
       # Compared once, when the artefact is read: it reads every weight.
@@ -262,13 +276,16 @@ class Setup:
         pass
 
 
-def _plain(target, tokens, lengths, keys, sampler, new_tokens) -> Call:
+def _plain(
+  target, tokens, lengths, keys, sampler, new_tokens, attention_fn
+) -> Call:
   start = time.perf_counter()
   logits, cache = models.prefill(
     target,
     tokens,
     lengths=lengths,
     capacity=-(-(tokens.shape[1] + new_tokens) // 128) * 128,
+    attention_fn=attention_fn,
   )
   jax.block_until_ready((logits, cache))
   middle = time.perf_counter()

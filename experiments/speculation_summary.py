@@ -25,6 +25,7 @@ COLUMNS = (
   ("over_fixed", "vs fixed", "{:+.1%}"),
   ("nodes_over_fixed", "nodes vs fixed", "{:+.1%}"),
   ("mismatched_rows", "rows differ", "{:.0f}"),
+  ("largest_gap", "gap", "{:.3f}"),
 )
 
 
@@ -37,7 +38,11 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   Returns:
     Rows by kind, temperature, batch and domain, in each by method.
   """
-  rows = [dict(record) for record in records]
+  # Long prompts have a table of their own.
+  rows = [dict(r) for r in records if r["kind"] != "long"]
+  for row in rows:
+    if row.get("first_gaps"):
+      row["largest_gap"] = max(row["first_gaps"])
   places = {(r["kind"], r["temperature"], r["batch"]) for r in rows}
   for kind, temperature, batch in sorted(places):
     here = [
@@ -114,6 +119,8 @@ def _mean(rows: Sequence[Row]) -> Row:
       mean[name] = float(np.mean([r[name] for r in rows]))
   for name in ("calls", "rows", "written", "mismatched_rows"):
     mean[name] = sum(r[name] for r in rows)
+  if gaps := [r["largest_gap"] for r in rows if "largest_gap" in r]:
+    mean["largest_gap"] = max(gaps)
   return mean
 
 
@@ -136,6 +143,47 @@ def tables(rows: Sequence[Row]) -> Iterator[rich.table.Table]:
   exact = [r for r in rows if r["kind"] == "exact" and r["domain"] == MEAN]
   if exact:
     yield _table("float32 against plain decoding", exact, "batch")
+
+
+def long_rows(records: Sequence[Row]) -> list[Row]:
+  """Latency of a long prompt with a long answer, against dense and plain."""
+  rows = [dict(r) for r in records if r["kind"] == "long"]
+  base = {
+    r["prompt_len"]: r["latency_s"]
+    for r in rows
+    if (r["method"], r["prefill"]) == (config_lib.PLAIN, "dense")
+  }
+  for row in rows:
+    row["prefill_ms"] = 1e3 * row["prefill_s"] / row["rows"]
+    row["latency_ms"] = 1e3 * row["latency_s"]
+    if row["prompt_len"] in base:
+      row["faster"] = base[row["prompt_len"]] / row["latency_s"]
+  return rows
+
+
+LONG_COLUMNS = (
+  ("prompt_len", "prompt", "{:,}"),
+  ("prefill", "prefill", "{}"),
+  ("prefill_ms", "prefill ms", "{:.1f}"),
+  ("latency_ms", "prompt and answer ms", "{:.1f}"),
+  ("faster", "vs dense plain", "{:.2f}x"),
+  ("tokens_per_call", "tokens/call", "{:.2f}"),
+  ("mismatched_rows", "rows differ", "{:.0f}"),
+)
+
+
+def long_table(records: Sequence[Row]) -> rich.table.Table | None:
+  """Table of `long_rows`; None where there are none."""
+  rows = long_rows(records)
+  if not rows:
+    return None
+  table = rich.table.Table(title="Long prompt and long answer")
+  table.add_column("method")
+  for _, heading, _ in LONG_COLUMNS:
+    table.add_column(heading, justify="right")
+  for row in rows:
+    table.add_row(row["method"], *cells(row, LONG_COLUMNS))
+  return table
 
 
 def used_columns(rows: Sequence[Row]):

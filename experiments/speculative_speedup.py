@@ -42,6 +42,8 @@ def main(argv):
   rows = speculation_summary.summarise(found)
   for table in speculation_summary.tables(rows):
     console.print(table)
+  if (long := speculation_summary.long_table(found)) is not None:
+    console.print(long)
   report = speculation_report.write(found, workdir)
   console.print(f"Report: {report}", soft_wrap=True)
 

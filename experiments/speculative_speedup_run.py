@@ -11,9 +11,11 @@ import numpy as np
 
 from experiments import speculation_config as config_lib
 from experiments import speculation_setup
-from unisparse_jax.speculative import calibration, oracle, policy
+from unisparse_jax import attention
+from unisparse_jax.speculative import agreement, calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
 
+_MAX_GAPS = 8  # rows of a measurement that are looked into
 ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 # Methods whose policy is a table: one compiled program.
 _TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
@@ -25,11 +27,14 @@ class Step:
   """One measurement.
 
   Attributes:
-    kind: "speed", or "exact": a comparison in float32.
+    kind: "speed"; "exact": a comparison in float32; "long": a long prompt and
+      a long answer, timed together.
     method: of `speculation_config.METHODS`.
     domain: of `data.domains.DOMAINS`.
     batch: rows.
     temperature: 0 is greedy.
+    prompt_len: tokens of a long prompt; 0: as the config says.
+    prefill: "dense" or "unisparse", of target and head.
   """
 
   kind: str
@@ -37,6 +42,8 @@ class Step:
   domain: str
   batch: int
   temperature: float
+  prompt_len: int = 0
+  prefill: str = "dense"
 
   @property
   def key(self) -> tuple:
@@ -46,12 +53,19 @@ class Step:
   @property
   def place(self) -> tuple:
     """What is measured in one go, after its programs were compiled."""
-    return (self.kind, self.batch, self.temperature)
+    return (
+      self.kind,
+      self.batch,
+      self.temperature,
+      self.prompt_len,
+      self.prefill,
+    )
 
   def __str__(self) -> str:
     return (
       f"{self.kind} {self.method}, {self.domain}, batch {self.batch}, "
       f"temperature {self.temperature:g}"
+      + (f", {self.prefill} {self.prompt_len}" if self.prompt_len else "")
     )
 
 
@@ -98,8 +112,24 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
   return [
     *steps("speed", first),
     *(s for s in steps("exact", exact) if s.method not in repeated),
+    *_long_steps(config),
     *steps("speed", rest),
   ]
+
+
+def _long_steps(config: config_lib.SpeculationConfig) -> Iterable[Step]:
+  for length in config.long_prompts:
+    for prefill in ("dense", "unisparse"):
+      for method in (config_lib.PLAIN, *config.long_methods):
+        yield Step(
+          kind="long",
+          method=method,
+          domain="long_context",
+          batch=1,
+          temperature=0.0,
+          prompt_len=length,
+          prefill=prefill,
+        )
 
 
 class Measurer:
@@ -115,7 +145,7 @@ class Measurer:
     self._setup = speculation_setup.Setup(config, workdir)
     self._records = list(found)
     self._plain: dict[tuple, np.ndarray] = {}
-    self._compiled: set[tuple] = set()
+    self._warm: set[tuple] = set()
     self._artefact = None
     if config.wants_artefact:
       self._artefact = calibration.load(config.artefact)
@@ -140,9 +170,10 @@ class Measurer:
       step = dataclasses.replace(step, method=method, domain=config.domains[0])
       if step.key in programs:
         continue
-      dtype, new_tokens, count = self._sizes(step)
-      del count
-      tokens, lengths = self._setup.padded([np.zeros(2, np.int32)] * step.batch)
+      dtype, new_tokens, _ = self._sizes(step)
+      tokens, lengths = self._setup.padded(
+        [np.zeros(2, np.int32)] * step.batch, step.prompt_len
+      )
       programs[step.key] = dict(
         tokens=tokens,
         lengths=lengths,
@@ -150,6 +181,7 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
+        attention_fn=self._attention_fn(step),
         **self._method(
           step, np.zeros((step.batch, new_tokens), np.int32), lengths
         ),
@@ -162,16 +194,23 @@ class Measurer:
     if step.kind == "exact":
       count = max(config.exact_prompts, step.batch)
       return "float32", config.exact_new_tokens, count
+    if step.kind == "long":
+      return config.dtype, config.long_new_tokens, config.batch_1_prompts
     count = config.batch_1_prompts if step.batch == 1 else step.batch
     return config.dtype, config.new_tokens, min(count, config.prompts)
 
   def measure(self, step: Step) -> dict[str, Any]:
     """Values of the record of a step."""
     dtype, new_tokens, count = self._sizes(step)
-    prompts = self._setup.prompts(step.domain, count=count, use="measure")
-    calls, expected = [], []
+    prompts = self._setup.prompts(
+      step.domain, count=count, use="measure", size=step.prompt_len
+    )
+    calls, expected, given = [], [], []
     for first in range(0, count - step.batch + 1, step.batch):
-      tokens, lengths = self._setup.padded(prompts[first : first + step.batch])
+      tokens, lengths = self._setup.padded(
+        prompts[first : first + step.batch], step.prompt_len
+      )
+      given.append((tokens, lengths))
       common = dict(
         tokens=tokens,
         lengths=lengths,
@@ -179,26 +218,60 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
+        attention_fn=self._attention_fn(step),
       )
       expected.append(self._expected(step, first, common, dtype))
       arguments = {**common, **self._method(step, expected[-1], lengths)}
-      program = "table" if step.method in _TABLES else step.method
-      place = (step.batch, step.temperature, program, step.kind)
-      if place not in self._compiled:
+      place = (*step.place, step.method)
+      if place not in self._warm:
+        # Also where another method has compiled the program: a size of the
+        # tree that runs for the first time is slow.
         self._setup.call(**arguments)
-        self._compiled.add(place)
-      calls.append(self._setup.call(**arguments))
+        self._warm.add(place)
+      repeats = [
+        self._setup.call(**arguments) for _ in range(self._config.repeats)
+      ]
+      calls.append(min(repeats, key=lambda call: call.seconds))
     if step.method == config_lib.PLAIN:
       for first, call in enumerate(calls):
         self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
       expected = [call.tokens for call in calls]
-    return {
+    values = {
       **_values(calls, step, new_tokens),
       **_mismatches(calls, expected),
     }
+    if values["mismatched_rows"] and not step.temperature:
+      values["first_gaps"] = self._gaps(calls, expected, given, dtype)
+    return values
+
+  def _gaps(self, calls, expected, given, dtype: str) -> list[float]:
+    """Logit gaps at the first difference of some rows: ties, or errors?"""
+    target, gaps = self._setup.target(dtype), []
+    for call, wanted, (tokens, lengths) in zip(
+      calls, expected, given, strict=True
+    ):
+      for row in np.flatnonzero((call.tokens != wanted).any(axis=1)):
+        if len(gaps) == _MAX_GAPS:
+          return gaps
+        one = slice(row, row + 1)  # alone: one program for every batch size
+        found = agreement.first_mismatches(
+          target,
+          tokens[one],
+          wanted[one],
+          call.tokens[one],
+          lengths=lengths[one],
+        )
+        gaps += [mismatch.gap for mismatch in found]
+    return gaps
 
   def _place(self, step: Step, first: int, dtype: str) -> tuple:
-    return (step.domain, first, step.batch, step.temperature, dtype)
+    return (step.domain, first, dtype, *step.place[1:])
+
+  def _attention_fn(self, step: Step) -> attention.AttentionFn:
+    if step.prefill == "dense":
+      return attention.DenseAttention()
+    pattern = attention.UniSparse(top_p=self._config.long_top_p)
+    return attention.SparseAttention(pattern=pattern)
 
   def _expected(self, step, first, common, dtype) -> np.ndarray:
     """What plain decoding writes; from the same batch and dtype."""
@@ -282,6 +355,7 @@ def _values(calls, step: Step, new_tokens: int) -> dict[str, Any]:
     "decode_s": seconds,
     "prefill_s": sum(call.prefill_seconds for call in calls),
     "tokens_per_s": written / seconds,
+    "latency_s": (seconds + sum(c.prefill_seconds for c in calls)) / len(calls),
   }
   if calls[0].log is None:
     return values | {

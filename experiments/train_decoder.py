@@ -56,6 +56,10 @@ def main(argv):
   )
   corpus = data.CodeCorpus(corpus_folder, "train")
   held_out = data.CodeCorpus(corpus_folder, "held_out")
+  if mixture.docs:
+    for split in (corpus, held_out):
+      found = data.domains.prepare_docs(split)
+      _LOG.info("%d tokens of documentation, %s", found, split.split)
   _LOG.info(
     "%d training tokens, %d held out", corpus.num_tokens, held_out.num_tokens
   )

@@ -5,8 +5,9 @@ Run:     python -m experiments.calibrate_answers
            --config=configs/calibrate_answers/default.py
            --workdir=out/calibrate_answers
          On a GPU: --config.dtype=bfloat16 --config.batch_size=16
-Device:  a GPU for 5 minutes, or 2 CPU cores for a night.
-Expect:  to be filled from the first recorded run.
+Device:  a GPU for 6 minutes, or 2 CPU cores for a night.
+Expect:  results/calibrate_answers_h100.jsonl, with tolerances 0.15 to 0.22: at
+         0.2 nats density 0.21 (8K) and 0.19 (16K), as shipped with the model.
 """
 
 import ml_collections
@@ -45,5 +46,5 @@ def get_config():
   # Of dense attention's time, 8,192 tokens, 2 CPU cores.
   config.scorer_cost = (0.006, 0.022, 0.086)
   config.min_scores = (0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 12.0, 40.0)
-  config.tolerances = (0.03, 0.06, 0.12, 0.25)
+  config.tolerances = (0.06, 0.12, 0.2)
   return config

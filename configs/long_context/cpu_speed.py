@@ -23,17 +23,7 @@ def get_config():
     dict(
       label="unisparse 0.95", method="unisparse", top_p=0.95, measure=_SPEED
     ),
-    dict(
-      label="threshold 0.8",
-      method="unisparse_threshold",
-      min_score=0.8,
-      window_q=4,
-      window_kv=4,
-      head_group=None,
-      num_local_blocks=2,
-      block_kv=64,
-      measure=_SPEED,
-    ),
+    dict(label="calibrated", method="calibrated", measure=_SPEED),
     dict(label="all blocks", method="dense", measure=("attention_time",)),
   )
   config.tasks = ()

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All 13 tasks at 8,192 and 16,384 tokens, and UniSparse's frontier.
+"""All 13 tasks at 8,192 and 16,384 tokens, 20 prompts each.
 
 Run:     python -m experiments.long_context
            --config=configs/long_context/default.py --workdir=out/long_context
          For longer inputs: --config.lengths="(32768,)"
-Device:  a GPU for minutes, or 2 CPU cores for hours. Times of attention on a
+         On a GPU: --config.batch_size=20 --config.dtype=bfloat16
+           --config.implementation=mosaic_gpu
+Device:  a GPU for 10 minutes, or 2 CPU cores for hours. Times of attention on a
          CPU: configs/long_context/cpu_speed.py.
-Expect:  to be filled from the first recorded run.
+Expect:  results/long_context_h100.jsonl (answers and next tokens alone, with
+         calibrations of several tolerances): calibrated at 0.2 nats keeps
+         99.9% of the dense score at 8,192 tokens, 99.3% at 16,384.
 """
 
 import ml_collections
@@ -26,7 +30,6 @@ _TASKS = (
   "qa_1",
   "qa_2",
 )
-_SHAPE = ("next_token", "layers", "attention_time")
 
 
 def get_config():
@@ -40,42 +43,12 @@ def get_config():
       dict(label=f"unisparse {top_p}", method="unisparse", top_p=top_p)
       for top_p in (0.7, 0.8, 0.9, 0.95, 0.98)
     ),
-    dict(
-      label="threshold 0.8",
-      method="unisparse_threshold",
-      min_score=0.8,
-      window_q=4,
-      window_kv=4,
-      head_group=None,
-      num_local_blocks=2,
-      block_kv=64,
-    ),
+    dict(label="calibrated", method="calibrated"),
     dict(label="streaming", method="streaming"),
     dict(
       label="all blocks",
       method="dense",
       measure=("layers", "attention_time", "prefill"),
-    ),
-    *(
-      dict(
-        label=f"unisparse 0.9 window {window}",
-        method="unisparse",
-        top_p=0.9,
-        window_q=window,
-        window_kv=window,
-        measure=_SHAPE,
-      )
-      for window in (4, 8, 32, 64)
-    ),
-    *(
-      dict(
-        label=f"unisparse 0.9 heads {heads}",
-        method="unisparse",
-        top_p=0.9,
-        head_group=heads,
-        measure=_SHAPE,
-      )
-      for heads in (1, 6)
     ),
   )
   config.tasks = _TASKS

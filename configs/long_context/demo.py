@@ -19,16 +19,7 @@ def get_config():
   config.lengths = (8192,)
   config.patterns = (
     dict(label="unisparse 0.95", method="unisparse", top_p=0.95),
-    dict(
-      label="threshold 0.8",
-      method="unisparse_threshold",
-      min_score=0.8,
-      window_q=4,
-      window_kv=4,
-      head_group=None,
-      num_local_blocks=2,
-      block_kv=64,
-    ),
+    dict(label="calibrated", method="calibrated"),
     dict(
       label="streaming",
       method="streaming",

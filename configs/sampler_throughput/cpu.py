@@ -15,8 +15,8 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.target = "breast_cancer"
   config.num_chains = 100
-  config.num_steps = 500
+  config.num_steps = 200
   config.nuts_steps = 100
-  config.repeats = 5
+  config.repeats = 25
   config.dtype = "float64"
   return config

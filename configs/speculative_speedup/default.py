@@ -71,10 +71,14 @@ def get_config():
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)
   config.prompts = 64
+  config.repeats = 2
   config.batch_1_prompts = 4
   config.prompt_len = 1024
   config.short_prompt = 256
   config.new_tokens = 256
+  config.long_prompts = (3584, 7168)
+  config.long_new_tokens = 512
+  config.long_methods = ("fixed", "heterospec")
   config.exact_prompts = 4
   config.exact_batches = (4,)
   config.exact_new_tokens = 64

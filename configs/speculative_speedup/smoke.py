@@ -30,10 +30,14 @@ def get_config():
   config.batches = (2,)
   config.few_at = ((2, 0.0),)
   config.prompts = 2
+  config.repeats = 1
   config.batch_1_prompts = 1
   config.prompt_len = 64
   config.short_prompt = 32
   config.new_tokens = 24
+  config.long_prompts = (300,)
+  config.long_new_tokens = 16
+  config.long_methods = ("heterospec",)
   # The same programs as those that are timed.
   config.exact_prompts = 2
   config.exact_batches = (2,)

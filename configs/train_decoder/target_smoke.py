@@ -25,7 +25,7 @@ def get_config():
     warmup_steps=5,
     dtype="float32",
     attention="xla",
-    num_workers=1,
+    num_workers=2,
     max_seconds=60.0,
   )
   config.data.packages = ()

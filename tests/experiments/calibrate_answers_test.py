@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from configs.calibrate_answers import default, smoke
-from experiments import calibrate, calibrate_answers, calibrate_answers_search
+from experiments import (
+  calibrate,
+  calibrate_answers,
+  calibrate_answers_search,
+  long_context_config,
+)
 from unisparse_jax import attention, models, records
 
 TINY = dict(
@@ -126,3 +131,17 @@ def test_bad_settings(overrides, message):
 
 def test_default_config_is_valid():
   calibrate_answers_search.parse(default.get_config())
+
+
+def test_the_shipped_calibration_is_for_the_shipped_weights():
+  folder = long_context_config.model_folder("pylib_12m")
+  found = attention.load_calibration(
+    folder / "sparse_attention.json",
+    model_sha256=calibrate.weights_sha256(folder),
+  )
+  config = long_context_config.LongContextConfig(
+    model="pylib_12m",
+    patterns=(dict(label="ours", method="calibrated"),),
+    lengths=(8192,),
+  )
+  assert config.entry("ours").patterns == found.patterns()

@@ -7,6 +7,9 @@ each as training text and as prompts that a model continues.
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
+import os
 import types
 from collections.abc import Callable, Mapping
 
@@ -27,6 +30,8 @@ LONG_CONTEXT_TASKS = (
   "vt",
 )
 _TRIES = 50
+_DOCS, _DOCS_OFFSETS = "docs.npy", "docs_offsets.npy"
+_MAX_DOCS_FILE = 30_000  # tokens; longer files take most of the time
 
 
 def text(
@@ -48,6 +53,10 @@ def text(
   """
   if kind not in TEXTS:
     raise ValueError(f"kind must be one of {TEXTS}; got kind={kind!r}.")
+  if kind == "docs":
+    prepared = _prepared_docs(rng, corpus, num_tokens)
+    if prepared is not None:
+      return prepared
   write = _WRITERS[kind]
   parts, used = [], 0
   while used < num_tokens:
@@ -111,9 +120,9 @@ def _code(rng, corpus, num_tokens: int) -> np.ndarray:
 
 def _question(rng, corpus, num_tokens: int) -> np.ndarray:
   """A context and its first questions; the next answer is to be written."""
-  name = LONG_CONTEXT_TASKS[int(rng.integers(len(LONG_CONTEXT_TASKS)))]
-  task = tasks.TASKS[name]
   for _ in range(_TRIES):
+    name = LONG_CONTEXT_TASKS[int(rng.integers(len(LONG_CONTEXT_TASKS)))]
+    task = tasks.TASKS[name]
     tokens, weights = task.document(
       rng, corpus, corpus.tokenizer, num_tokens + 64, answer_weight=2.0
     ) or (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -124,9 +133,93 @@ def _question(rng, corpus, num_tokens: int) -> np.ndarray:
     if len(begins):
       return tokens[: int(begins[0])]
   raise ValueError(
-    f"num_tokens must be large enough for {name}; got num_tokens={num_tokens}; "
-    "expected at least some 512."
+    "num_tokens must be large enough for long_context; got "
+    f"num_tokens={num_tokens}; expected at least some 256."
   )
+
+
+def prepare_docs(
+  corpus: code_corpus.CodeCorpus,
+  *,
+  num_files: int = 5000,
+  num_processes: int | None = None,
+) -> int:
+  """Extracts documentation once, so that `text` need not parse sources.
+
+  Writes `docs.npy` and `docs_offsets.npy` beside the split's other arrays; what
+  is there already is kept.
+
+  Args:
+    corpus: a split.
+    num_files: files that are read, drawn at random; fewer in a small corpus.
+    num_processes: default one per CPU; 1 stays in process.
+
+  Returns:
+    Tokens of documentation.
+  """
+  folder = corpus.path / corpus.split
+  if (folder / _DOCS_OFFSETS).exists():
+    return int(np.load(folder / _DOCS_OFFSETS)[-1])
+  order = np.random.default_rng(0).permutation(corpus.num_files)[:num_files]
+  chunks = [
+    (corpus, files) for files in np.array_split(order, 64) if len(files)
+  ]
+  if num_processes is None:
+    num_processes = len(os.sched_getaffinity(0))
+  if num_processes == 1:
+    made = list(map(_docs_of, chunks))
+  else:
+    with concurrent.futures.ProcessPoolExecutor(
+      min(num_processes, len(chunks)),
+      mp_context=multiprocessing.get_context("spawn"),
+    ) as pool:
+      made = list(pool.map(_docs_of, chunks))
+  documents = [document for chunk in made for document in chunk]
+  lengths = [len(document) for document in documents]
+  tokens = np.concatenate([*documents, np.zeros(0, np.uint16)])
+  np.save(folder / _DOCS, tokens.astype(np.uint16))
+  # Written last: its presence means that both are whole.
+  temporary = folder / ("tmp." + _DOCS_OFFSETS)
+  np.save(temporary, np.cumsum([0, *lengths]).astype(np.int64))
+  temporary.replace(folder / _DOCS_OFFSETS)
+  return sum(lengths)
+
+
+def _docs_of(chunk) -> list[np.ndarray]:
+  corpus, files = chunk
+  found = []
+  for file in files:
+    start, stop = corpus.line_offsets[corpus.file_lines[file : file + 2]]
+    if stop - start > _MAX_DOCS_FILE:
+      continue
+    text = docs_text.module_docs(
+      corpus.file_names[file], corpus.file_text(file)
+    )
+    if text:
+      found.append(corpus.tokenizer.encode(text).astype(np.uint16))
+  return found
+
+
+def _prepared_docs(rng, corpus, num_tokens: int) -> np.ndarray | None:
+  """Documentation that `prepare_docs` wrote; None where there is none."""
+  loaded = corpus.__dict__.get("_docs")
+  if loaded is None:
+    folder = corpus.path / corpus.split
+    loaded = ()
+    if (folder / _DOCS_OFFSETS).exists():
+      loaded = (
+        np.load(folder / _DOCS, mmap_mode="r"),
+        np.load(folder / _DOCS_OFFSETS),
+      )
+    corpus.__dict__["_docs"] = loaded
+  if not loaded or len(loaded[1]) < 2:
+    return None
+  tokens, offsets = loaded
+  start = int(offsets[rng.integers(len(offsets) - 1)])
+  taken = np.asarray(tokens[start : start + num_tokens], np.int32)
+  while len(taken) < num_tokens:
+    taken = np.concatenate([taken, tokens[: num_tokens - len(taken)]])
+  return taken.astype(np.int32)
 
 
 def _docs(rng, corpus) -> str:

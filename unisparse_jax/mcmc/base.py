@@ -13,7 +13,6 @@ ours, because control variates need them:
   compiled program serves all of them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -21,14 +20,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import flatten_util
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from unisparse_jax.mcmc import checks
+from unisparse_jax.mcmc import chain_loop, checks
 
-# Random numbers held at once where they are drawn ahead, and steps in one body
-# of the loop there, which spares loop iterations.
-_NUMBERS_AHEAD = 2**25
-_UNROLL_AHEAD = 5
+# The loop's own types belong to the convention.
+TwoPhase = chain_loop.TwoPhase
+Collector = chain_loop.Collector
+RunStats = chain_loop.RunStats
+Run = chain_loop.Run
 
 
 class Info(Protocol):
@@ -125,31 +125,6 @@ def value_and_grad(
   return jax.value_and_grad(lambda v: logdensity_fn(unravel(v)))(vector)
 
 
-@dataclasses.dataclass(frozen=True)
-class TwoPhase:
-  """A kernel or a step whose random numbers do not depend on the state.
-
-  Called like any kernel, it draws and moves. `run_chains` may also draw for
-  many steps at once, which saves thousands of chains on a GPU most of the
-  kernel launches of a step.
-
-  Attributes:
-    draw: (rng_key, state, *parameters) -> noise; of the state it sees shapes
-      and dtypes alone.
-    move: (noise, state, *arguments) -> (state, info).
-    num_bound: arguments of `move` before the parameters: 1 for a kernel, which
-      takes its log-density first; 0 for a step.
-  """
-
-  draw: Callable
-  move: Callable
-  num_bound: int = 1
-
-  def __call__(self, rng_key, state, *arguments):
-    noise = self.draw(rng_key, state, *arguments[self.num_bound :])
-    return self.move(noise, state, *arguments)
-
-
 @functools.lru_cache(maxsize=256)
 def bind(kernel: Callable, logdensity_fn: Callable) -> Callable:
   """`kernel` with its log-density: step(rng_key, state, *parameters).
@@ -168,56 +143,6 @@ def bind(kernel: Callable, logdensity_fn: Callable) -> Callable:
     return kernel(rng_key, state, logdensity_fn, *parameters)
 
   return step
-
-
-class Collector(NamedTuple):
-  """What the loop computes from the steps of one chain, without storing them.
-
-  Attributes:
-    update: (carry, state, info, *parameters) -> carry, after every step.
-    flush: carry -> carry, after every batch of steps.
-  """
-
-  update: Callable
-  flush: Callable
-
-
-class RunStats(NamedTuple):
-  """Sums over the steps of each chain, [num_chains].
-
-  Attributes:
-    num_steps: steps taken.
-    acceptance_rate: mean acceptance probability.
-    num_accepted: steps whose proposal was taken.
-    num_nonfinite: proposals rejected because their log-density or ratio was
-      not finite.
-    max_abs_log_ratio: largest |log_ratio| among the finite ones.
-  """
-
-  num_steps: Int[Array, " num_chains"]
-  acceptance_rate: Float[Array, " num_chains"]
-  num_accepted: Int[Array, " num_chains"]
-  num_nonfinite: Int[Array, " num_chains"]
-  max_abs_log_ratio: Float[Array, " num_chains"]
-
-
-class Run(NamedTuple):
-  """Result of `run_chains`.
-
-  Attributes:
-    state: states after the last step, leaves [num_chains, ...].
-    rng_keys: [num_chains]; passing them on continues the same run.
-    stats: what the steps did.
-    carry: of the collector, leaves [num_chains, ...]; None without one.
-    trace: outputs of `trace`, leaves [num_steps, num_chains, ...]; None
-      without one.
-  """
-
-  state: Any
-  rng_keys: Any
-  stats: RunStats
-  carry: Any
-  trace: Any
 
 
 def run_chains(
@@ -252,8 +177,8 @@ def run_chains(
     batch_size: steps between two flushes of the collector.
     trace: (state, info) -> pytree to store for every step, or None.
     draw_ahead: steps for which a `TwoPhase` step draws at once, a divisor of
-      batch_size; the numbers are the same. Default 1 on a CPU, where it gains
-      nothing; elsewhere the most for which 2^25 of them are held.
+      batch_size; the numbers are the same. Default the most for which 2^18
+      of them are held on a CPU, 2^25 elsewhere.
 
   Returns:
     The run.
@@ -275,7 +200,7 @@ def run_chains(
   rng_keys = chain_keys(rng_key, num_chains)
   num_batches = num_steps // batch_size
   if draw_ahead is None:
-    draw_ahead = _draws_that_fit(step, state, batch_size)
+    draw_ahead = chain_loop.draws_that_fit(step, state, batch_size)
   checks.check_positive_int("draw_ahead", draw_ahead)
   checks.require(
     batch_size % draw_ahead == 0,
@@ -285,9 +210,9 @@ def run_chains(
     f"a divisor of {batch_size}",
   )
   if trace is None:
-    loop, batches = _run_untraced, jnp.int32(num_batches)
+    loop, batches = chain_loop.run_untraced, jnp.int32(num_batches)
   else:
-    loop, batches = _run_traced, num_batches
+    loop, batches = chain_loop.run_traced, num_batches
   return loop(
     rng_keys,
     step,
@@ -301,14 +226,6 @@ def run_chains(
     trace,
     draw_ahead,
   )
-
-
-def _draws_that_fit(step, state, batch_size):
-  if jax.default_backend() == "cpu" or not isinstance(step, TwoPhase):
-    return 1
-  numbers = sum(jnp.size(x) for x in jax.tree.leaves(state))
-  most = max(1, min(batch_size, _NUMBERS_AHEAD // max(numbers, 1)))
-  return max(n for n in range(1, most + 1) if batch_size % n == 0)
 
 
 def check_num_chains(state: Any) -> int:
@@ -346,136 +263,3 @@ def _leaves(tree):
   leaves = jax.tree.leaves(tree)
   checks.require(bool(leaves), "state", "have leaves", tree)
   return leaves
-
-
-def _one_step(step, collector, trace, parameters, collector_parameters):
-  """(keys or noise, state, stats, carry) -> state after a step, and the rest.
-
-  Of every chain; `step` takes the first as its first argument.
-  """
-
-  def one_chain(source, state, stats, carry):
-    state, info = step(source, state, *parameters)
-    stats = _update_stats(stats, info)
-    if collector is not None:
-      carry = collector.update(carry, state, info, *collector_parameters)
-    kept = None if trace is None else trace(state, info)
-    return (state, stats, carry), kept
-
-  return jax.vmap(one_chain)
-
-
-def _one_batch(make_step, step, parameters, collector, batch_size, draw_ahead):
-  split = jax.vmap(jax.random.split)
-
-  def next_keys(rng_keys, _=None):
-    pairs = split(rng_keys)
-    return pairs[:, 0], pairs[:, 1]
-
-  def from_keys(loop_carry, _):
-    rng_keys, *rest = loop_carry
-    rng_keys, step_keys = next_keys(rng_keys)
-    rest, kept = make_step(step)(step_keys, *rest)
-    return (rng_keys, *rest), kept
-
-  def from_noise(loop_carry, _):
-    rng_keys, *rest = loop_carry
-    rng_keys, step_keys = jax.lax.scan(
-      next_keys, rng_keys, None, length=draw_ahead, unroll=_UNROLL_AHEAD
-    )
-
-    def draw(key, state):
-      return step.draw(key, state, *parameters)
-
-    noise = jax.vmap(jax.vmap(draw), in_axes=(0, None))(step_keys, rest[0])
-    move = make_step(step.move)
-    rest, kept = jax.lax.scan(
-      lambda c, n: move(n, *c), tuple(rest), noise, unroll=_UNROLL_AHEAD
-    )
-    return (rng_keys, *rest), kept
-
-  def one_batch(loop_carry, _=None):
-    if draw_ahead > 1 and isinstance(step, TwoPhase):
-      loop_carry, kept = jax.lax.scan(
-        from_noise, loop_carry, None, length=batch_size // draw_ahead
-      )
-      # [parts, draw_ahead, ...] -> [batch_size, ...]
-      kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-    else:
-      loop_carry, kept = jax.lax.scan(
-        from_keys, loop_carry, None, length=batch_size
-      )
-    if collector is not None:
-      *rest, carry = loop_carry
-      loop_carry = (*rest, jax.vmap(collector.flush)(carry))
-    return loop_carry, kept
-
-  return one_batch
-
-
-def _run(loop, rng_keys, step, state, parameters, collector, carry, more):
-  collector_parameters, batch_size, trace, draw_ahead = more
-
-  def make_step(step):
-    return _one_step(step, collector, trace, parameters, collector_parameters)
-
-  one_batch = _one_batch(
-    make_step, step, parameters, collector, batch_size, draw_ahead
-  )
-  stats = jax.vmap(lambda _: _empty_stats())(rng_keys)
-  start = (rng_keys, state, stats, carry)
-  (rng_keys, state, stats, carry), kept = loop(one_batch, start)
-  mean = stats.acceptance_rate / stats.num_steps.astype(jnp.float32)
-  stats = stats._replace(acceptance_rate=mean)
-  return Run(state, rng_keys, stats, carry, kept)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 5, 8, 9, 10))
-def _run_untraced(
-  rng_keys, step, state, num_batches, parameters, collector, carry, *more
-):
-  def loop(one_batch, start):
-    def body(_, loop_carry):
-      return one_batch(loop_carry)[0]
-
-    return jax.lax.fori_loop(0, num_batches, body, start), None
-
-  return _run(loop, rng_keys, step, state, parameters, collector, carry, more)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3, 5, 8, 9, 10))
-def _run_traced(
-  rng_keys, step, state, num_batches, parameters, collector, carry, *more
-):
-  def loop(one_batch, start):
-    end, kept = jax.lax.scan(one_batch, start, None, length=num_batches)
-    return end, jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), kept
-    )  # [num_batches, batch_size, ...] -> [num_steps, ...]
-
-  return _run(loop, rng_keys, step, state, parameters, collector, carry, more)
-
-
-def _empty_stats() -> RunStats:
-  zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-  return RunStats(none, zero, none, none, zero)
-
-
-def _update_stats(stats: RunStats, info: Any) -> RunStats:
-  # Samplers of other libraries lack some of the fields.
-  acceptance_rate = getattr(info, "acceptance_rate", jnp.float32(jnp.nan))
-  acceptance_rate = acceptance_rate.astype(jnp.float32)
-  is_accepted = getattr(info, "is_accepted", jnp.bool_(False))
-  log_ratio = getattr(info, "log_ratio", None)
-  is_finite, size = jnp.bool_(True), jnp.float32(0)
-  if log_ratio is not None:
-    is_finite = log_ratio > -jnp.inf
-    size = jnp.abs(log_ratio).astype(jnp.float32)
-    size = jnp.where(jnp.isfinite(size), size, 0)
-  return RunStats(
-    stats.num_steps + 1,
-    stats.acceptance_rate + acceptance_rate,
-    stats.num_accepted + is_accepted.astype(jnp.int32),
-    stats.num_nonfinite + (~is_finite).astype(jnp.int32),
-    jnp.maximum(stats.max_abs_log_ratio, size),
-  )

@@ -194,3 +194,23 @@ def merge_axis(
   outer = gap[..., :, None, :] * gap[..., None, :, :]
   total = (products + weight[..., None, None, None] * outer).sum(0)
   return count, total_mean, total
+
+
+def spread(data):
+  """Variance of F under the target, and R-hat."""
+  count = data.step_count[:, None]
+  within = data.step_products[:, 0, 0] / (count - 1)
+  if data.num_chains == 1:
+    return within[0], np.full(data.num_functions, np.nan)
+  within = within.mean(0)
+  between = data.step_mean[:, 0].var(0, ddof=1)
+  length = count.mean()
+  total = within * (length - 1) / length + between
+  return total, np.sqrt(ratio(total, within))
+
+
+def ratio(a, b):
+  """a / b, infinite where only b vanishes and 1 where both do."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  safe = np.where(b > 0, b, 1)
+  return np.where(b > 0, a / safe, np.where(a > 0, np.inf, 1.0))

@@ -110,14 +110,14 @@ def poisson_terms(
     reference = cast(reference, x.dtype)
     covariance = covariance_fn(info, reference)
     alpha = info.acceptance_rate
-    # G may overflow at a proposal that cannot be accepted: replaced before G is
-    # taken, since NaN * 0 is NaN.
-    reached = jnp.where(alpha > 0, y, x)
     rows = []
     for f in functions:
-      moved = f.solution(reached, reference) - f.solution(x, reference)
+      there = f.solution(y, reference)
+      moved = f.solution(x, reference) - there
       expected = f.expected(info.proposal_mean, covariance, reference)
-      terms = [-alpha * moved, f.solution(y, reference) - expected]
+      # G may overflow at a proposal that cannot be accepted, and NaN * 0 is
+      # NaN: the zero is chosen after the product.
+      terms = [jnp.where(alpha > 0, alpha * moved, 0), there - expected]
       if score:
         precond_grad = precond_grad_fn(info, reference)
         terms.append(-f.score(x, precond_grad, reference))

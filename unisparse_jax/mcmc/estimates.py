@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
   @property
   def factor(self) -> Float[np.ndarray, " num_functions"]:
     """Variance of the plain mean over that of the controlled one."""
-    return _ratio(self.plain_mcse**2, self.mcse**2)
+    return chain_data.ratio(self.plain_mcse**2, self.mcse**2)
 
   @property
   def ess(self) -> Float[np.ndarray, " num_functions"]:
@@ -82,12 +82,12 @@ class Estimate(NamedTuple):
 
     May exceed num_draws, as it should: it is not capped.
     """
-    return _ratio(self.variance, self.mcse**2)
+    return chain_data.ratio(self.variance, self.mcse**2)
 
   @property
   def plain_ess(self) -> Float[np.ndarray, " num_functions"]:
     """Exact independent draws worth as much as the plain mean."""
-    return _ratio(self.variance, self.plain_mcse**2)
+    return chain_data.ratio(self.variance, self.plain_mcse**2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ def choose(
     chain_means=pick("chain_means"),
   )
   variances = {
-    name: _ratio(held_out[name], held_out["plain"]) for name in names
+    name: chain_data.ratio(held_out[name], held_out["plain"]) for name in names
   }
   return Choice(result, [names[i] for i in best], variances)
 
@@ -372,7 +372,7 @@ def _assemble(data, terms, coefs, mcse_method):
     plain_mcse = plain_unit_means.std(0, ddof=1) / root
     degrees = data.num_chains - 1
   num_draws = data.step_count.sum()
-  variance, r_hat = _spread(data)
+  variance, r_hat = chain_data.spread(data)
   return Estimate(
     mean=mean,
     mcse=mcse,
@@ -387,23 +387,3 @@ def _assemble(data, terms, coefs, mcse_method):
     chain_means=mean[None] if one_chain else unit_means,
     plain_chain_means=plain_mean[None] if one_chain else plain_unit_means,
   )
-
-
-def _spread(data):
-  """Variance of F under the target, and R-hat."""
-  count = data.step_count[:, None]
-  within = data.step_products[:, 0, 0] / (count - 1)
-  if data.num_chains == 1:
-    return within[0], np.full(data.num_functions, np.nan)
-  within = within.mean(0)
-  between = data.step_mean[:, 0].var(0, ddof=1)
-  length = count.mean()
-  total = within * (length - 1) / length + between
-  return total, np.sqrt(_ratio(total, within))
-
-
-def _ratio(a, b):
-  """a / b, infinite where only b vanishes and 1 where both do."""
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  safe = np.where(b > 0, b, 1)
-  return np.where(b > 0, a / safe, np.where(a > 0, np.inf, 1.0))

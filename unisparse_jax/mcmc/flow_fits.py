@@ -4,6 +4,16 @@
 Reverse: Adam on E_q[log pi - log q] with reparameterised draws. Forward: Adam
 on the log-likelihood of chains of the sampler itself, each step with every
 proposal, weighted as in `adaptive_independent_metropolis`.
+
+Measured: variance of independent draws over that of the estimate of a mean, n =
+4,000, median (least) over coordinates, 384,000 gradients for the fit. Breast
+cancer, 31 coefficients: 2 layers 5.2 (3.2), 6 layers 11.6 (8.8), against 0.67
+for the best Gaussian. Eight schools, centred: 6 layers of random halves 5.4;
+layers that follow the hierarchy 1.1, with a forward fit after the reverse one
+2.8. There log tau itself stays at 0.02 to 0.24: its left tail is that of
+exp(log tau), the Gaussian base ends sooner, and chains that reach it stick. A
+heavy part of weight 0.05 in place of 0.01 was no help: 1.1 and 0.06 in two
+fits, with a chain that stuck.
 """
 
 import functools

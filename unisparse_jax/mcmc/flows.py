@@ -10,8 +10,9 @@ monotone curve whose shape depends on those that are kept:
 
 with (shift, log_scale, skew, tail) from a network of one hidden layer, and
 log_scale from a linear map too. At its start, all zero, a layer is the identity
-and the flow the base itself, moved by (mean, root). Both directions cost the same, and all layers have one shape, so
-that a program holds one layer whatever their number.
+and the flow the base itself, moved by (mean, root). Both directions cost the
+same, and all layers have one shape, so that a program holds one layer whatever
+their number.
 
 The base may be any proposal: a heavy-tailed part mixed into it stays heavy
 where the layers have put the flow, in the neck of a funnel too.
@@ -204,7 +205,10 @@ def expectation(
   A Gaussian part of the base is met by scrambled Sobol points: F(x) is close
   to a sum of functions of single coordinates of z where the flow is close to
   the identity, and such sums converge almost as 1 / points. Other parts are
-  met by draws.
+  met by draws: of functions that grow faster than x, a heavy part may leave the
+  mean unknown and its error too small. (Means of two posteriors: known to 1% of
+  the error of 4,000 independent draws; squares of breast cancer to 7%, those
+  of the centred eight schools to several times it.)
 
   Args:
     rng_key: one key.

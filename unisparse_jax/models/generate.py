@@ -21,6 +21,7 @@ from unisparse_jax.models import (
   arguments,
   decoder,
   kv_cache,
+  prompt_pass,
   sampling,
   tree_forward,
 )
@@ -253,49 +254,23 @@ def generate(
   jax.jit, static_argnames=("attention_fn", "chunk", "capacity")
 )
 def _prefill(model, tokens, lengths, cache, *, attention_fn, chunk, capacity):
-  batch, q_len = tokens.shape
   is_empty = cache is None
   if cache is None:
     cache = kv_cache.KVCache.init(
-      model.config, batch=batch, capacity=capacity, dtype=model.dtype
+      model.config,
+      batch=tokens.shape[0],
+      capacity=capacity,
+      dtype=model.dtype,
     )
-  if chunk is None:
-    return model(
-      tokens,
-      cache=cache,
-      attention_fn=attention_fn,
-      lengths=lengths,
-      logits_for="last",
-      cache_is_empty=is_empty,
-    )
-
-  if lengths is None:
-    lengths = jnp.full((batch,), q_len, jnp.int32)
-
-  def run(carry, start, chunk_tokens):
-    cache, last = carry
-    valid = jnp.clip(lengths - start, 0, chunk_tokens.shape[1])
-    hidden, cache = model.hidden_states(
-      chunk_tokens, cache=cache, attention_fn=attention_fn, lengths=valid
-    )
-    # A row that ended in an earlier chunk keeps what it had.
-    last = jnp.where(
-      (valid > 0)[:, None], decoder.last_valid(hidden, valid), last
-    )
-    return cache, last
-
-  num_chunks = q_len // chunk
-  starts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
-  # [num_chunks, batch, chunk]
-  chunks = tokens[:, : num_chunks * chunk].reshape(batch, num_chunks, chunk)
-  chunks = jnp.transpose(chunks, (1, 0, 2))
-  last = jnp.zeros((batch, model.config.embed_dim), model.dtype)
-  carry, _ = lax.scan(
-    lambda carry, x: (run(carry, *x), None), (cache, last), (starts, chunks)
+  last, cache, _ = prompt_pass.prompt_pass(
+    model,
+    tokens,
+    lengths,
+    cache,
+    attention_fn=attention_fn,
+    chunk=chunk,
+    is_empty=is_empty,
   )
-  if q_len % chunk:
-    carry = run(carry, num_chunks * chunk, tokens[:, num_chunks * chunk :])
-  cache, last = carry
   return model.logits(last), cache
 
 
@@ -373,9 +348,13 @@ def _decode(
   step = jnp.int32(0)
   is_done = jnp.zeros((batch,), bool)
   token, is_done, out = draw(step, logits, cache.lengths, is_done, out)
-  *_, out, cache = lax.while_loop(
-    is_running, body, (step + 1, token, is_done, out, cache)
-  )
+  carry = (step + 1, token, is_done, out, cache)
+  if eos_ids:
+    carry = lax.while_loop(is_running, body, carry)
+  else:
+    # A known number of rounds spares a GPU the question whether to go on.
+    carry = lax.fori_loop(1, max_new_tokens, lambda _, x: body(x), carry)
+  *_, out, cache = carry
   return out, cache.to_cache() if is_dense else cache
 
 

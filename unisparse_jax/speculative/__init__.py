@@ -5,6 +5,9 @@ result = generate(target, PromptLookup(), tokens, max_new_tokens=256)
 statistics.summarize(result.log)
 """
 
+from unisparse_jax.speculative.agreement import (
+  first_mismatches as first_mismatches,
+)
 from unisparse_jax.speculative.drafters.base import Committed as Committed
 from unisparse_jax.speculative.drafters.base import Context as Context
 from unisparse_jax.speculative.drafters.base import Draft as Draft
@@ -19,6 +22,9 @@ from unisparse_jax.speculative.drafters.lookup import (
 )
 from unisparse_jax.speculative.drafters.lookup import (
   SuffixMatch as SuffixMatch,
+)
+from unisparse_jax.speculative.drafters.sampled_chain import (
+  SampledChain as SampledChain,
 )
 from unisparse_jax.speculative.drafters.small_decoder import (
   SmallDecoder as SmallDecoder,

@@ -22,9 +22,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from unisparse_jax import models
-from unisparse_jax.models import kv_cache, sampling
+from unisparse_jax.models import kv_cache, prompt_pass, sampling
+from unisparse_jax.speculative import (
+  plain_steps,
+  statistics,
+  tree,
+  verify_step,
+)
 from unisparse_jax.speculative import policy as policy_lib
-from unisparse_jax.speculative import statistics, tree, verification
 from unisparse_jax.speculative.drafters import base
 
 
@@ -39,6 +44,7 @@ class Settings:
     capacity: slots of the target's cache and of the token buffer.
     max_steps: entries of the log.
     log_trees: whether the log keeps the trees.
+    chunk: tokens per pass of the target over the prompt, or None for all.
   """
 
   shape: tree.TreeShape
@@ -47,6 +53,7 @@ class Settings:
   capacity: int
   max_steps: int
   log_trees: bool
+  chunk: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -111,24 +118,22 @@ def prefill(
   cache = kv_cache.KVCache.init(
     target.config, batch=batch, capacity=settings.capacity, dtype=target.dtype
   )
-  hidden, cache, taps = target.hidden_states_and_taps(
+  last, cache, taps = prompt_pass.prompt_pass(
+    target,
     tokens,
-    taps=_taps(target, drafter),
-    cache=cache,
+    lengths,
+    cache,
     attention_fn=attention_fn,
-    lengths=lengths,
-    cache_is_empty=True,
+    chunk=settings.chunk,
+    is_empty=True,
+    taps=_taps(target, drafter),
   )
-  assert cache is not None, "a model that is given a cache returns one"
-  last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
   noise = None
   if keys is not None:
     noise = sampling.noise_at(keys, lengths, target.config.vocab_size)
-  first = sampling.draw_with_noise(
-    settings.sampler, target.logits(last[:, 0]), noise
-  )
+  first = sampling.draw_with_noise(settings.sampler, target.logits(last), noise)
   buffer = jnp.pad(tokens, ((0, 0), (0, settings.capacity - q_len)))
-  buffer = _write_rows(buffer, first[:, None], lengths)
+  buffer = tree.write_rows(buffer, first[:, None], lengths)
   committed = base.Committed(
     tokens=tokens,
     next_tokens=buffer[:, 1 : q_len + 1],
@@ -193,23 +198,66 @@ def decode(
   def is_running(state):
     return jnp.any(~state.done) & (state.log.num_steps < last_step)
 
-  return lax.while_loop(
-    is_running,
-    lambda state: _step(target, drafter, policy, state, settings),
-    state,
+  def step(state):
+    return _step(target, drafter, policy, state, settings)
+
+  if not policy.can_skip:
+    return lax.while_loop(is_running, step, state)
+
+  def drafts(state):
+    return policy.should_draft(state.policy_state, _context(state))
+
+  def body(state):
+    state = plain_steps.plain_steps(
+      target,
+      drafter,
+      policy,
+      state,
+      wants_plain=lambda state: is_running(state) & ~drafts(state),
+      is_end=lambda tokens: _is_any(tokens, settings.eos_ids),
+      shape=settings.shape,
+      sampler=settings.sampler,
+      taps=_taps(target, drafter),
+    )
+    # At most one round; see `plain_steps` for why this is a loop.
+    _, state = lax.while_loop(
+      lambda carry: carry[0] & is_running(carry[1]) & drafts(carry[1]),
+      lambda carry: (jnp.bool_(False), step(carry[1])),
+      (jnp.bool_(True), state),
+    )
+    return state
+
+  return lax.while_loop(is_running, body, state)
+
+
+def room_behind(policy: policy_lib.Policy, shape: tree.TreeShape) -> int:
+  """Slots past the last token that a step, or the drafter, may write."""
+  longest = plain_steps.MAX_STEPS if policy.can_skip else 0
+  return max(shape.max_depth, longest) + 1
+
+
+def _context(state: DecodeState) -> base.Context:
+  return base.Context(
+    tokens=state.tokens,
+    lengths=state.lengths,
+    active=~state.done,
+    step=state.log.num_steps,
+    keys=state.keys,
   )
 
 
 def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   shape = settings.shape
   active = ~state.done
-  context = base.Context(
-    tokens=state.tokens,
-    lengths=state.lengths,
-    active=active,
-    step=state.log.num_steps,
+  context = _context(state)
+  draft = drafter.draft(
+    target,
+    state.drafter_state,
+    context,
+    shape=shape,
+    policy=policy,
+    policy_state=state.policy_state,
   )
-  draft = _draft(target, drafter, policy, state, context, shape)
   nodes_tree = tree.build(
     context.root_tokens,
     draft.pool,
@@ -220,8 +268,18 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   available = jnp.sum(nodes_tree.valid, axis=-1, dtype=jnp.int32)
   num_nodes = jnp.clip(wanted + 1, 1, available)
   num_nodes = jnp.where(active, num_nodes, 1)
-  bucket, num_nodes, result = _verify(
-    target, drafter, nodes_tree, num_nodes, state, settings
+  bucket, num_nodes, result = verify_step.verify(
+    target,
+    nodes_tree,
+    num_nodes,
+    active,
+    state.cache,
+    state.lengths,
+    state.keys,
+    shape=shape,
+    sampler=settings.sampler,
+    taps=_taps(target, drafter),
+    probabilities=draft.probabilities,
   )
   acceptance, keys_new, values_new, taps = result
 
@@ -253,7 +311,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     active=active,
   )
   return DecodeState(
-    tokens=_write_rows(state.tokens, emitted, state.lengths),
+    tokens=tree.write_rows(state.tokens, emitted, state.lengths),
     lengths=lengths,
     limits=state.limits,
     done=state.done | ended | (lengths >= state.limits),
@@ -271,159 +329,22 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
       outcome,
       draft=nodes_tree,
       num_nodes=num_nodes,
-      bucket_size=_sizes(shape)[bucket],
+      bucket_size=verify_step.sizes(shape)[bucket],
       path=acceptance.path,
       score=draft.score,
     ),
   )
 
 
-def _draft(target, drafter, policy, state, context, shape) -> base.Draft:
-  def run():
-    return drafter.draft(
-      target,
-      state.drafter_state,
-      context,
-      shape=shape,
-      policy=policy,
-      policy_state=state.policy_state,
-    )
-
-  wanted = policy.should_draft(state.policy_state, context)
-  if wanted is None:
-    return run()
-  like = jax.eval_shape(run)
-  return lax.cond(wanted, run, lambda: _no_draft(like))
-
-
-def _no_draft(like: base.Draft) -> base.Draft:
-  """A draft of the same shapes that holds no candidate."""
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-  empty = jnp.full_like(zeros.pool.scores, tree.EMPTY)
-  pool = dataclasses.replace(
-    zeros.pool, parents=zeros.pool.parents - 1, scores=empty
-  )
-  return dataclasses.replace(zeros, pool=pool)
-
-
-def _sizes(shape: tree.TreeShape) -> Array:
-  """int32, the size that each branch of the switch stands for."""
-  return jnp.asarray(shape.packed or shape.buckets, jnp.int32)
-
-
-def _verify(target, drafter, draft, num_nodes, state, settings):
-  """Runs the smallest sufficient branch; its index and what it found."""
-  shape = settings.shape
-  if shape.packed:
-    num_nodes = _share(draft, num_nodes, ~state.done, shape.packed[-1])
-    total = jnp.sum(num_nodes)
-  else:
-    total = jnp.max(num_nodes)
-  bucket = jnp.searchsorted(_sizes(shape), total).astype(jnp.int32)
-  bucket = jnp.minimum(bucket, len(_sizes(shape)) - 1)
-  draft = draft.limit(num_nodes)
-
-  def branch(size):
-    return lambda *operands: _verify_size(
-      target, drafter, size, settings, *operands
-    )
-
-  branches = [branch(size) for size in shape.packed or shape.buckets]
-  operands = (draft, state.cache, state.lengths, state.keys)
-  if len(branches) == 1:
-    return bucket, num_nodes, branches[0](*operands)
-  return bucket, num_nodes, lax.switch(bucket, branches, *operands)
-
-
-def _share(draft, num_nodes, active, budget):
-  """Nodes per row when the best `budget` nodes of all rows are kept.
-
-  Scores fall along a row, so what is kept of it is a prefix. A finished row
-  gets none.
-  """
-  batch, max_nodes = draft.scores.shape
-  if batch * max_nodes <= budget:
-    return jnp.where(active, num_nodes, 0)
-  index = jnp.arange(max_nodes, dtype=jnp.int32)[None, :]
-  usable = (index < num_nodes[:, None]) & active[:, None]
-  # A root goes before every draft node, a certain one (score 0) included.
-  scores = jnp.where(index == 0, 1.0, draft.scores)
-  scores = jnp.where(usable, scores, 2 * tree.EMPTY).reshape(-1)
-  top, chosen = lax.top_k(scores, budget)
-  row = jnp.where(top > 1.5 * tree.EMPTY, chosen // max_nodes, batch)
-  rows = jnp.arange(batch, dtype=jnp.int32)
-  return jnp.sum(row[None, :] == rows[:, None], axis=-1, dtype=jnp.int32)
-
-
-def _verify_size(target, drafter, size, settings, draft, cache, lengths, keys):
-  """Verifies with one static size: nodes a row, or in all if packed."""
-  shape = settings.shape
-  packing = None
-  if shape.packed:
-    packing = models.Packing.of(draft.valid, size)
-  else:
-    draft = draft.prefix(size)
-  # [batch, num_nodes]
-  positions = lengths[:, None] - 1 + draft.depths
-  out = models.tree_forward(
-    target,
-    draft.tokens,
-    positions,
-    draft.ancestors,
-    cache,
-    taps=_taps(target, drafter),
-    packing=packing,
-  )
-  logits = target.logits(out.hidden)
-  noise = None
-  if keys is not None:
-    noise = _node_noise(draft, lengths, keys, shape, logits.shape[-1], packing)
-  targets = sampling.draw_with_noise(settings.sampler, logits, noise)
-  if packing is not None:
-    targets = packing.unpack(targets)
-  acceptance = verification.accept_matches(
-    draft, targets, max_depth=shape.max_depth
-  )
-
-  def on_path(values):
-    index = acceptance.path.reshape(
-      *acceptance.path.shape, *(1,) * (values.ndim - 2)
-    )
-    return jnp.take_along_axis(values, index, axis=1)
-
-  taps = None if out.taps is None else on_path(out.taps)
-  k, v = tuple(map(on_path, out.k)), tuple(map(on_path, out.v))
-  return acceptance, k, v, taps
-
-
-def _node_noise(draft, lengths, keys, shape, vocab_size, packing):
-  """Noise of every node's next token: drawn per depth, not per node."""
-  levels = min(shape.max_depth, draft.tokens.shape[1] - 1) + 1
-  depth = jnp.arange(levels, dtype=jnp.int32)
-  # A node of depth d sits at lengths - 1 + d; its next token one further.
-  noise = sampling.noise_at(keys, lengths[:, None] + depth[None], vocab_size)
-  if packing is None:
-    return jnp.take_along_axis(noise, draft.depths[:, :, None], axis=1)
-  rows = packing.flat // draft.tokens.shape[1]
-  depths = draft.depths.reshape(-1)[packing.flat]
-  return noise[rows, depths][None]
-
-
 def _taps(target, drafter) -> tuple[int, ...]:
   if not drafter.needs_taps:
     return ()
+  own = getattr(drafter, "tap_layers", None)
+  if own is not None:
+    return tuple(own)
   return models.tap_layers(target.config.num_layers)
 
 
 def _is_any(tokens, eos_ids: tuple[int, ...]):
   found = [tokens == eos_id for eos_id in eos_ids]
   return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))
-
-
-def _write_rows(buffer, values, starts):
-  """Writes values[b] at buffer[b, starts[b]:]."""
-  if buffer.shape[0] == 1:
-    return lax.dynamic_update_slice(buffer, values, (0, starts[0]))
-  return jax.vmap(
-    lambda row, new, start: lax.dynamic_update_slice(row, new, (start,))
-  )(buffer, values, starts)

@@ -47,6 +47,8 @@ class Gated(policy_lib.StatelessPolicy):
   period: Int[Array, ""] | int = 16
   decay: Float[Array, ""] | float = 0.8
 
+  can_skip = True
+
   @property
   def path_choice(self):
     return self.policy.path_choice
@@ -68,8 +70,9 @@ class Gated(policy_lib.StatelessPolicy):
 
   def should_draft(self, state, context):
     is_open = state.wait <= 0
-    inner = self.policy.should_draft(state.inner, context)
-    return is_open if inner is None else is_open & inner
+    if not self.policy.can_skip:
+      return is_open
+    return is_open & self.policy.should_draft(state.inner, context)
 
   def decide(self, state, evidence):
     return self.policy.decide(state.inner, evidence)

@@ -3,7 +3,8 @@
 
 The output is that of plain decoding with the same sampler and key, token for
 token, up to the rounding of near-ties: a pass over several tokens may add in
-another order than a pass over one.
+another order than a pass over one. A drafter that draws at random and is
+verified by rejection (`SampledChain`) keeps the distribution, not the tokens.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ def generate(
   detokenize: Callable[[list[int]], str] | None = None,
   steps_per_chunk: int = 32,
   capacity: int | None = None,
+  chunk: int | None = None,
   log_trees: bool = False,
   check_drafter: bool = True,
 ) -> Result:
@@ -82,6 +84,7 @@ def generate(
     detokenize: text of a list of tokens.
     steps_per_chunk: steps between two looks.
     capacity: slots of caches and buffers; default: what is needed.
+    chunk: tokens per pass of the target over the prompt; default all.
     log_trees: keep the trees of every step, for calibration.
     check_drafter: compare the policy's drafter_hash; reads all weights.
 
@@ -111,14 +114,15 @@ def generate(
     lengths=lengths,
     rng_key=rng_key,
     capacity=capacity,
+    chunk=chunk,
     log_trees=log_trees,
     check_drafter=check_drafter,
   )
   if not stop:
     return session.run().result()
   assert detokenize is not None, "checked above"
-  for chunk in session.chunks(steps_per_chunk):
-    chunk.stop_at(stop, detokenize)
+  for _ in session.chunks(steps_per_chunk):
+    session.stop_at(stop, detokenize)
   return session.result()
 
 
@@ -136,6 +140,7 @@ def prepare(
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
   capacity: int | None = None,
+  chunk: int | None = None,
   log_trees: bool = False,
   check_drafter: bool = True,
 ) -> "Session":
@@ -181,8 +186,12 @@ def prepare(
     shape.packed,
     f"a last size of at least {batch}",
   )
+  if chunk is not None:
+    checks.check_positive_int("chunk", chunk)
+    chunk = int(chunk) if chunk < q_len else None
   # A step writes a whole path past what is known.
-  needed = total + shape.max_depth + 1
+  room = engine.room_behind(policy, shape)
+  needed = total + room
   if capacity is None:
     capacity = -(-needed // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
   checks.check_positive_int("capacity", capacity)
@@ -191,10 +200,12 @@ def prepare(
     "capacity",
     "hold the prompt, the new tokens and a path of the tree",
     capacity,
-    f"capacity >= {q_len} + {new_tokens} + {shape.max_depth + 1}",
+    f"capacity >= {q_len} + {new_tokens} + {room}",
   )
   drafter.check(target, shape)
   policy.check(shape)
+  if getattr(drafter, "gives_probabilities", False):
+    _check_rejection(shape, policy, sampler)
   if check_drafter and policy.drafter_hash is not None:
     got = base.fingerprint(drafter)
     checks.require(
@@ -215,6 +226,7 @@ def prepare(
     capacity=int(capacity),
     max_steps=new_tokens,
     log_trees=log_trees,
+    chunk=chunk,
   )
   state = engine.prefill(
     target,
@@ -341,6 +353,28 @@ def _new_tokens(tokens, starts, ends, *, max_new_tokens, fill):
   index = starts[:, None] + index
   out = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
   return jnp.where(index < ends[:, None], out, fill)
+
+
+def _check_rejection(shape, policy, sampler):
+  checks.require(
+    isinstance(policy, policy_lib.Fixed),
+    "policy",
+    "be Fixed where drafts are drawn at random",
+    type(policy).__name__,
+  )
+  checks.require(
+    not shape.packed,
+    "packed",
+    "be empty where drafts are drawn at random",
+    shape.packed,
+  )
+  checks.require(
+    sampler.needs_key,
+    "sampler",
+    "draw at random where drafts are",
+    sampler,
+    "a Temperature, or another drafter for greedy decoding",
+  )
 
 
 def _as_limits(max_new_tokens: Any, batch: int) -> np.ndarray:

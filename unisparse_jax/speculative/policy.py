@@ -111,8 +111,13 @@ class Policy(Protocol):
     """A pytree that the loop carries; () for none."""
     ...
 
+  @property
+  def can_skip(self) -> bool:
+    """Whether `should_draft` may be False. Static."""
+    ...
+
   def should_draft(self, state: Any, context: Any) -> Any:
-    """bool scalar, or None for always: whether this step drafts at all."""
+    """bool scalar: whether this step drafts; asked only if `can_skip`."""
     ...
 
   def decide(self, state: Any, evidence: Evidence) -> Decision:
@@ -133,6 +138,7 @@ class StatelessPolicy:
 
   path_choice: Literal["cumulative", "last"] = "cumulative"
   drafter_hash: str | None = None
+  can_skip = False
 
   def init_state(self, batch: int) -> Any:
     del batch
@@ -140,7 +146,7 @@ class StatelessPolicy:
 
   def should_draft(self, state, context) -> Any:
     del state, context
-    return None
+    return jnp.bool_(True)
 
   def prune(self, state, draft, decision, context) -> Any:
     del state, draft, context

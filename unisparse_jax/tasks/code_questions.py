@@ -14,6 +14,7 @@ and numbered, "part" match); questions and documents are this project's.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 
@@ -175,12 +176,15 @@ def _short_name(name: str) -> str:
 
 def _facts_in(haystack, documents):
   """(fact, document) for every fact in the context."""
-  lines = haystack.facts["line"]
+  facts = haystack.facts
+
+  def first_at(line):
+    # numpy would copy the column of a large corpus at every call.
+    return bisect.bisect_left(facts, line, key=lambda fact: int(fact["line"]))
+
   found = []
   for document in documents:
-    low, high = np.searchsorted(
-      lines, [document.first_line, document.last_line]
-    )
+    low, high = first_at(document.first_line), first_at(document.last_line)
     found += [(haystack.fact(i), document) for i in range(low, high)]
   return found
 

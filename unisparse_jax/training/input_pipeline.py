@@ -7,8 +7,10 @@ change any batch, and the next stage's batches are made ahead like any other.
 """
 
 import importlib
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +26,8 @@ from unisparse_jax.training import config as config_lib
 SourceFactory = Callable[[int, config_lib.Stage], Any]
 
 
+_LOG = logging.getLogger(__name__)
+_CLOSE_SECONDS = 5.0
 _NO_SHM = 1 << 40  # bytes; larger than any batch
 
 
@@ -76,9 +80,21 @@ class BatchIterator:
       "offset": self._offset,
     }
 
+  def start(self):
+    """Lets the workers make their first batches before one is asked for."""
+    self._iterator.start_prefetch()
+
   def close(self):
-    """Ends worker processes and threads."""
-    self._iterator.close()
+    """Ends worker processes and threads, or leaves them after a while.
+
+    The library waits for each worker's batch in turn, which takes minutes where
+    a batch takes seconds. All of them are daemons, which do not outlive us.
+    """
+    closer = threading.Thread(target=self._iterator.close, daemon=True)
+    closer.start()
+    closer.join(_CLOSE_SECONDS)
+    if closer.is_alive():
+      _LOG.warning("the input workers are still busy; going on without them")
 
 
 def _batches(stages, make_source) -> grain.MapDataset:

@@ -175,7 +175,8 @@ class _Run:
       self._batches = input_pipeline.BatchIterator(
         config, make_source, step=self._step, state=data_state
       )
-    stack.callback(lambda: self._batches and self._batches.close())
+    self._batches_ahead: Any = None
+    stack.callback(self._close_batches)
     self._train_step = jax.jit(
       train_step.make_train_step(
         self._graphdef,
@@ -189,7 +190,7 @@ class _Run:
     # Of the stage that comes next, under way in a thread.
     self._ahead: concurrent.futures.Future | None = None
     self._compiler = concurrent.futures.ThreadPoolExecutor(1)
-    stack.callback(self._compiler.shutdown, cancel_futures=True)
+    stack.callback(self._compiler.shutdown, wait=False, cancel_futures=True)
     self._pending = collections.deque()  # (step, metric vector on the device)
     self._interval = metrics.Interval()
     self._rate = None  # tokens per second over the last interval
@@ -245,6 +246,11 @@ class _Run:
       evaluation=self._last_evaluation and self._last_evaluation[1],
     )
 
+  def _close_batches(self):
+    for batches in (self._batches, self._batches_ahead):
+      if batches is not None:
+        batches.close()
+
   def _leave_stage(self) -> bool:
     """Jumps to the next stage's first step once this one's time is up."""
     config = self._config
@@ -258,9 +264,9 @@ class _Run:
     )
     self._drain(0)
     self._batches.close()
-    self._batches = None
+    self._batches, self._batches_ahead = self._batches_ahead, None
     self._step = end
-    if end < config.total_steps:
+    if self._batches is None and end < config.total_steps:
       self._batches = input_pipeline.BatchIterator(
         config, self._make_source, step=end
       )
@@ -289,6 +295,13 @@ class _Run:
         jax.tree.map(_shape, batch),
         self._config.stages[stage_index + 1],
       )
+      # Its workers need a while to start, too.
+      self._batches_ahead = input_pipeline.BatchIterator(
+        self._config,
+        self._make_source,
+        step=self._config.first_step(stage_index + 1),
+      )
+      self._batches_ahead.start()
     self._interval = metrics.Interval()
     return compiled
 

@@ -4,12 +4,14 @@
 import csv
 import io
 import json
+import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
 
-from unisparse_jax.data import docs_text, domains, generated_text
+from unisparse_jax.data import code_corpus, docs_text, domains, generated_text
 
 
 def test_word_problems_add_up():
@@ -87,3 +89,18 @@ def test_names_what_is_wrong(held_out_corpus):
     domains.prompt("long_context", rng, held_out_corpus, 40)
   with pytest.raises(ValueError, match="kind must be one of"):
     domains.text("code", rng, held_out_corpus, 64)
+
+
+def test_docs_are_extracted_once(held_out_corpus, tmp_path):
+  shutil.copytree(held_out_corpus.path, tmp_path / "copy")
+  corpus = code_corpus.CodeCorpus(tmp_path / "copy", "held_out")
+  count = domains.prepare_docs(corpus, num_files=6, num_processes=1)
+  assert count > 500
+  written = np.load(tmp_path / "copy" / "held_out" / "docs.npy")
+  assert len(written) == count
+  tokens = domains.text("docs", np.random.default_rng(0), corpus, 2 * count)
+  assert len(tokens) == 2 * count  # goes on from the beginning
+  start = corpus.tokenizer.decode(tokens[:40])
+  assert "\n==" in start
+  assert domains.prepare_docs(corpus, num_files=1) == count
+  assert pickle.loads(pickle.dumps(corpus)).num_tokens == corpus.num_tokens

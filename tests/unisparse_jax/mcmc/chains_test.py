@@ -43,20 +43,23 @@ def setup(target, num_chains, functions=(poisson.Linear(), poisson.Square())):
 def run(target, num_chains, num_steps, step_size, *, seed=0, **more):
   step, state, mean, a, variates = setup(target, num_chains)
   gamma = jnp.asarray(step_size, mean.dtype)
-  burned = base.run_chains(
-    jax.random.key(seed + 100), step, state, 200, parameters=(gamma, a)
-  )
-  return base.run_chains(
-    burned.rng_keys,
-    step,
-    burned.state,
-    num_steps,
-    parameters=(gamma, a),
-    collector=variates.collector,
-    carry=variates.init(burned.state.position),
-    collector_parameters=(poisson.Reference(gamma, mean, a),),
-    **more,
-  )
+
+  def go(rng_key, state, num_steps):
+    return base.run_chains(
+      rng_key,
+      step,
+      state,
+      num_steps,
+      parameters=(gamma, a),
+      collector=variates.collector,
+      carry=variates.init(state.position),
+      collector_parameters=(poisson.Reference(gamma, mean, a),),
+      **more,
+    )
+
+  # One program for both: what the first collects is dropped.
+  burned = go(jax.random.key(seed + 100), state, 200)
+  return go(burned.rng_keys, burned.state, num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +383,15 @@ def test_adaptation_lands_on_its_target(x64):
       adapted.state,
       200,
       parameters=(adapted.step_size, adapted.preconditioner),
+      # As `tune_step_size` below: no other program.
+      collector=variates.collector,
+      carry=variates.init(adapted.state.position),
+      collector_parameters=(
+        poisson.Reference(
+          adapted.step_size, adapted.mean, adapted.preconditioner
+        ),
+      ),
+      batch_size=50,
     )
     assert abs(float(result.stats.acceptance_rate.mean()) - goal) < 0.03
   found = laplace.laplace(target.logdensity_fn, target.start)

@@ -22,23 +22,35 @@ class ReferenceDrafter:
     shifts: int32, as reference, added to the drafted token. 0: a perfect
       drafter; with all at 5, no draft token is ever right.
     vocab_size: tokens wrap around it.
+    needs_taps: then the state keeps the target's taps by position.
   """
 
   reference: Any
   shifts: Any
   vocab_size: int = dataclasses.field(metadata=dict(static=True))
-  needs_taps = False
+  needs_taps: bool = dataclasses.field(
+    default=False, metadata=dict(static=True)
+  )
 
   def check(self, target, shape):
     del target, shape
 
   def init(self, target, *, batch, capacity):
-    del target, capacity
-    return jnp.zeros((batch,), jnp.int32)  # counts committed tokens
+    # Committed tokens are counted, and their taps kept.
+    width = 3 * target.config.embed_dim if self.needs_taps else 0
+    return jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, capacity, width))
 
   def extend(self, target, state, committed, *, is_prefill, attention_fn):
     del target, is_prefill, attention_fn
-    return state + committed.counts
+    counts, kept = state
+    if self.needs_taps:
+      index = jnp.arange(committed.tokens.shape[1])[None, :]
+      slots = committed.start[:, None] + index
+      slots = jnp.where(index < committed.counts[:, None], slots, -1)
+      slots = jnp.where(slots < 0, kept.shape[1], slots)
+      rows = jnp.arange(kept.shape[0])[:, None]
+      kept = kept.at[rows, slots].set(committed.taps, mode="drop")
+    return counts + committed.counts, kept
 
   def draft(self, target, state, context, *, shape, policy, policy_state):
     del target, state

@@ -145,6 +145,63 @@ def test_sampled_sequences_have_the_enumerated_distribution(tiny):
   assert p_value(index, np.where(exact > 0, wrong, 0.0)) < 1e-6
 
 
+def test_drawn_chains_have_the_enumerated_distribution(tiny):
+  sampler = models.TopK(top_k=4, temperature=1.3)
+  prompt, rows = np.asarray([1, 4]), 50_000
+  exact = enumerate_sequences(tiny, prompt, sampler)
+  other = conftest.make_model(5, tiny.config, factor=6.0)
+  result = speculative.generate(
+    tiny,
+    speculative.SampledChain(model=other, sampler=models.Temperature()),
+    np.tile(prompt, (rows, 1)),
+    max_new_tokens=HORIZON,
+    shape=speculative.TreeShape(width=1, base_depth=2, buckets=(3,)),
+    sampler=sampler,
+    rng_key=jax.random.key(0),
+    capacity=8,
+  )
+  tokens = np.asarray(result.tokens)
+  index = tokens @ (VOCAB ** np.arange(HORIZON)[::-1])
+  assert p_value(index, exact) > 1e-3
+  accepted = speculative.summarize(result.log)["accept_len"]
+  assert 0.5 < accepted < 1.9
+  # The drafter's own distribution is another one.
+  wrong = enumerate_sequences(other, prompt, models.Temperature())
+  assert p_value(index, wrong) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    (dict(sampler=models.Greedy()), "^sampler must draw at random where"),
+    (
+      dict(shape=speculative.TreeShape(width=2, base_depth=1, buckets=(3,))),
+      "^shape must be a chain of one depth",
+    ),
+    (
+      dict(
+        policy=speculative.Gated(
+          policy=speculative.Fixed(depth=1, nodes=1), min_tokens=1.0
+        )
+      ),
+      "^policy must be Fixed where drafts",
+    ),
+  ],
+)
+def test_what_drawn_chains_cannot_do(tiny, kwargs, message):
+  shape = speculative.TreeShape(width=1, base_depth=1, buckets=(2,))
+  kwargs = dict(shape=shape, sampler=models.Temperature()) | kwargs
+  with pytest.raises(ValueError, match=message):
+    speculative.generate(
+      tiny,
+      speculative.SampledChain(model=tiny, sampler=models.Temperature()),
+      np.asarray([[1, 2]]),
+      max_new_tokens=2,
+      rng_key=jax.random.key(0),
+      **kwargs,
+    )
+
+
 def two_level_draft(rng_key, q, rows):
   """Root, two children drawn from q[0], and one below each of those."""
   keys = jax.random.split(rng_key, 2)

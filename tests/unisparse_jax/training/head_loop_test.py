@@ -77,7 +77,7 @@ def test_texts_are_what_the_model_writes(target, groups):
 def test_temperatures_differ_by_row(target):
   prompts = [np.array([5, 6, 7])] * 4
   tokens, _, _ = training.write_texts(
-    target, prompts, prompt_len=3, new_tokens=12,
+    target, prompts, prompt_len=6, new_tokens=18,
     temperatures=np.array([0.0, 0.0, 4.0, 4.0]),
     rng_key=jax.random.key(1), eos_id=2,
   )  # fmt: skip

@@ -43,12 +43,14 @@ class Context:
       position lengths - 1; no cache holds it yet.
     active: bool [batch], rows that still decode.
     step: int32 scalar, steps done.
+    keys: typed keys [batch], or None for a sampler without noise.
   """
 
   tokens: Int[Array, "batch capacity"]
   lengths: Int[Array, " batch"]
   active: Bool[Array, " batch"]
   step: Int[Array, ""]
+  keys: Any = None
 
   @property
   def root_tokens(self) -> Int[Array, " batch"]:
@@ -89,6 +91,10 @@ class Draft:
     entropy: float32 [batch], that of `policy.Evidence`.
     score: float32 [batch], that of `policy.Evidence`.
     levels: int32 scalar, levels drafted.
+    probabilities: float32 [batch, max_depth, vocab_size], what the token of
+      each level of a chain was drawn from; None for tokens that were chosen.
+      A drafter that gives them says so in an attribute `gives_probabilities`,
+      and is verified by rejection.
   """
 
   pool: tree.Pool
@@ -96,6 +102,7 @@ class Draft:
   entropy: Float[Array, " batch"]
   score: Float[Array, " batch"]
   levels: Int[Array, ""]
+  probabilities: Float[Array, "batch max_depth vocab_size"] | None = None
 
 
 @runtime_checkable
@@ -104,7 +111,11 @@ class Drafter(Protocol):
 
   @property
   def needs_taps(self) -> bool:
-    """Whether `Committed.taps` must be given. Static."""
+    """Whether `Committed.taps` must be given. Static.
+
+    A drafter may name the layers in an attribute `tap_layers`; default:
+    `models.tap_layers`.
+    """
     ...
 
   def check(self, target: Any, shape: tree.TreeShape):
@@ -129,7 +140,7 @@ class Drafter(Protocol):
     Args:
       target: the model that verifies.
       state: earlier tokens; empty in a prefill.
-      committed: new tokens, at most max_depth + 1 a row but in a prefill.
+      committed: new tokens, up to `engine.room_behind` a row but in a prefill.
       is_prefill: static; the state is empty and every start is 0.
       attention_fn: how to attend in a prefill.
     """
@@ -168,6 +179,21 @@ def top_entropy(
   log_p = log_probs - jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
   p = jnp.exp(log_p)
   return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+
+
+def step_keys(keys: Array, lengths: Int[Array, " batch"], use: int) -> Array:
+  """Keys [batch] of one step, apart from the noise of plain sampling.
+
+  Args:
+    keys: one a request, [batch].
+    lengths: int32 [batch], known tokens, which differ between steps.
+    use: 0 for drawing drafts, 1 for accepting them.
+  """
+
+  def fold(key, length):
+    return jax.random.fold_in(jax.random.fold_in(key, length), use)
+
+  return jax.vmap(fold)(keys, lengths)
 
 
 def fingerprint(drafter: Any) -> str:
