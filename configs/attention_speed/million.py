@@ -3,8 +3,9 @@
 
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/million.py --workdir=out/million
-Device:  one H100 or H200 (30 GB), about a minute.
-Expect:  see results/ and the README.
+Device:  one H100 or H200 (30 GB), about 45 seconds.
+Expect:  on an H100 485 ms, with selection 566 ms and 0.5 GiB of temporaries:
+         results/attention_targets_h100.jsonl.
 """
 
 import ml_collections

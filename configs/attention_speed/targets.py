@@ -4,7 +4,10 @@
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/targets.py --workdir=out/targets
 Device:  one H100 or H200, about three minutes.
-Expect:  see results/ and the README.
+Expect:  on an H100 at 128K and density 0.25, 57.9 ms with selection beside 240
+         ms of cuDNN; backward at 32K 481 TFLOP/s beside FlexAttention's 375;
+         backward of columns slower than dense:
+         results/attention_targets_h100.jsonl.
 """
 
 import ml_collections
