@@ -12,8 +12,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Where it matters what the compiler makes of a program.
-_OPTIMISED = {"pallas_kernels", "attention"}
+# Where it matters what the compiler makes of a program, or where another
+# process must give the same bits.
+_OPTIMISED = {"pallas_kernels", "attention", "training"}
 
 
 @pytest.fixture(scope="module", autouse=True)

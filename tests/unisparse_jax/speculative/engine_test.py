@@ -281,9 +281,18 @@ def test_cache_equals_that_of_a_fresh_prefill(target, prompts, plain, mixed):
         )
 
 
-def test_all_of_that_compiled_one_loop():
-  # Runs after the tests above, which differ in policy, drafter and limits.
-  assert engine.decode._cache_size() == 1
+def test_other_tables_drafts_and_limits_compile_nothing(
+  target, prompts, mixed, make_drafter
+):
+  run(target, mixed, prompts)
+  known = engine.decode._cache_size()
+  for seed in range(2):
+    rng = np.random.default_rng(seed)
+    policy = hetero(rng.integers(1, 5, 8), rng.integers(0, 13, 8))
+    run(target, mixed, prompts, policy=policy)
+  run(target, make_drafter(5), prompts)
+  run(target, mixed, prompts, max_new_tokens=np.asarray([3, NEW, 5, 1]))
+  assert engine.decode._cache_size() == known
 
 
 def test_rows_equal_their_own_batch_of_one(target, prompts, plain, mixed):
