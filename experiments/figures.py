@@ -48,8 +48,9 @@ def all_figures(
     yield (
       "Quality against density",
       "Each point is a pattern, a line a sweep of top_p, filled at the "
-      "shortest length; up and to the left is better. Left: mean task score "
-      "as a share of the dense score. Right: share of the dense softmax that "
+      "shortest length. Left: mean task score as a share of the dense score, "
+      "or, without answers, the divergence of next tokens, where lower is "
+      "better. Right: share of the dense softmax that "
       "the kept blocks hold, with a thin line down to its 1st percentile.",
       _quality(sparse, families(records[-1]["settings"]["patterns"])),
     )
@@ -113,8 +114,13 @@ def families(patterns: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 def _quality(rows, family) -> bytes:
   figure = new_figure(10.5, 4.3)
   left, right = figure.subplots(1, 2)
-  score = (
-    "relative_score" if any("relative_score" in r for r in rows) else ("score")
+  labels = {
+    "relative_score": "score / dense score",
+    "score": "score",
+    "kl": "KL to dense attention, nats a token",  # without answers
+  }
+  score = next(
+    (name for name in labels if any(name in row for row in rows)), "score"
   )
   groups: dict[tuple[str, int], list[dict]] = {}
   for row in sorted(rows, key=lambda row: row["density"]):
@@ -151,17 +157,18 @@ def _quality(rows, family) -> bytes:
         linewidth=1,
         alpha=0.4,
       )
-  left.set(
-    ylabel="score / dense score" if score == "relative_score" else "score"
-  )
+  left.set(ylabel=labels[score])
   if score == "relative_score":
     left.axhline(1.0, color=_INK, linewidth=0.8, linestyle=":")
   right.set(ylabel="recall")
   for axes in (left, right):
     axes.set(xlabel="density (kept blocks / reachable blocks)")
     axes.set_xlim(0.0, 1.08 * max(row["density"] for row in rows))
-    # A narrow range would make small differences look large.
-    axes.set_ylim(min(0.5, axes.get_ylim()[0]), 1.03)
+    if axes is left and score == "kl":
+      left.set_yscale("log")
+    else:
+      # A narrow range would make small differences look large.
+      axes.set_ylim(min(0.5, axes.get_ylim()[0]), 1.03)
     tidy(axes)
   right.legend(
     frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UniSparse, a threshold and streaming beside dense attention, 8,192 tokens.
+"""UniSparse, calibrated masks and streaming beside dense attention, 8K tokens.
 
 Run:     make demo
          or python -m experiments.long_context
