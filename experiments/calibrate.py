@@ -9,8 +9,6 @@ that it was not made on. Writes WORKDIR/calibration.json, which
 The same command goes on where an earlier one stopped.
 """
 
-import hashlib
-import pathlib
 import time
 
 import jax.numpy as jnp
@@ -71,7 +69,7 @@ def main(argv):
     pattern=config.method,
     settings=config.settings,
     layers=layers,
-    model_sha256=weights_sha256(folder),
+    model_sha256=long_context_config.weights_hash(folder),
     target={"rule": config.rule, "recall": config.target_recall},
     dense_below=dense_below,
     evidence={
@@ -131,12 +129,6 @@ def summary(calibration: attention.Calibration) -> list[str]:
       lines.append(f"{name}: density {density:.3f}, recall {recall:.4f}")
   lines.append(f"dense below {calibration.dense_below:,} keys")
   return lines
-
-
-def weights_sha256(folder: pathlib.Path) -> str:
-  """As `long_context_config.identity` names a model's weights."""
-  file = folder / "model.safetensors"
-  return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

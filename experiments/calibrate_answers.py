@@ -20,14 +20,13 @@ import rich.progress
 from absl import app
 
 from experiments import (
-  calibrate,
   calibrate_answers_search,
   flags_and_configs,
   long_context,
   long_context_config,
   long_context_run,
 )
-from unisparse_jax import attention, data, models, records, tasks
+from unisparse_jax import attention, data, evaluation, models, records, tasks
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -72,7 +71,7 @@ def main(argv):
         }
         for scorers, limits in zip(choice.scorer, choice.min_score, strict=True)
       ),
-      model_sha256=calibrate.weights_sha256(folder),
+      model_sha256=long_context_config.weights_hash(folder),
       target={"nats": tolerance},
       evidence=evidence,
     )
@@ -180,10 +179,7 @@ class Losses:
         prompt_len=length - longest,
         length=length,
       )
-      tokens = np.zeros((len(samples), length - longest), np.int32)
-      for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample.prompt_tokens)] = sample.prompt_tokens
-      lengths = np.asarray([len(s.prompt_tokens) for s in samples], np.int32)
+      tokens, lengths = evaluation.pad_prompts(samples, length - longest)
       answers = np.asarray(
         models.generate(
           self._model,

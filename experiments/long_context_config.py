@@ -216,25 +216,21 @@ def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
   weights = folder / _WEIGHTS
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   if weights.is_file():
-    values["model_sha256"] = _sha256(weights)
+    values["model_sha256"] = file_hash(weights)
   for entry in values.get("patterns", ()):
     if entry["method"] == CALIBRATED:
       name = f"{entry['label']} sha256"
-      values[name] = _sha256(_calibration_file(entry, str(folder)))
+      values[name] = file_hash(_calibration_file(entry, str(folder)))
   return values
 
 
 def weights_hash(folder: pathlib.Path) -> str:
   """Checksum of a checkpoint's weights."""
-  return _sha256(folder / _WEIGHTS)
+  return file_hash(folder / _WEIGHTS)
 
 
 def file_hash(file: pathlib.Path) -> str:
   """Checksum of any file."""
-  return _sha256(file)
-
-
-def _sha256(file: pathlib.Path) -> str:
   return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 

@@ -4,8 +4,10 @@
 Run:     python -m experiments.independent_metropolis
            --config=configs/independent_metropolis/throughput_ours.py
            --workdir=out/throughput_ours
+         Larger blocks: --config.throughput.block_size=250
 Device:  one GPU (or a CPU), under a minute.
-Expect:  see results/independent_metropolis_throughput.jsonl.
+Expect:  results/independent_metropolis_throughput.jsonl (CPU) and
+         results/independent_metropolis_throughput_h100.jsonl (both sizes).
 """
 
 import ml_collections

@@ -7,7 +7,6 @@ import pytest
 
 from configs.calibrate_answers import default, smoke
 from experiments import (
-  calibrate,
   calibrate_answers,
   calibrate_answers_search,
   long_context_config,
@@ -47,7 +46,7 @@ def test_writes_a_calibration_and_measures_nothing_twice(
   run_main(tmp_path, **TINY)
   found = attention.load_calibration(
     tmp_path / "calibration_50.json",
-    model_sha256=calibrate.weights_sha256(model_folder),
+    model_sha256=long_context_config.weights_hash(model_folder),
   )
   # Within 50 nats anything goes: the sparsest.
   assert all(p.min_score == (40.0, 40.0) for p in found.patterns())
@@ -137,7 +136,7 @@ def test_the_shipped_calibration_is_for_the_shipped_weights():
   folder = long_context_config.model_folder("pylib_12m")
   found = attention.load_calibration(
     folder / "sparse_attention.json",
-    model_sha256=calibrate.weights_sha256(folder),
+    model_sha256=long_context_config.weights_hash(folder),
   )
   config = long_context_config.LongContextConfig(
     model="pylib_12m",

@@ -32,7 +32,7 @@ def test_writes_a_file_that_the_plug_in_loads(run_main, tmp_path, model_folder):
   run_main(workdir, **overrides)
   found = attention.load_calibration(
     workdir / "calibration.json",
-    model_sha256=calibrate.weights_sha256(model_folder),
+    model_sha256=long_context_config.weights_hash(model_folder),
   )
   assert len(found.layers) == 2
   assert all(len(p.top_p) == 2 for p in found.patterns())  # one a key head

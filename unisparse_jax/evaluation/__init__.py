@@ -2,6 +2,7 @@
 
 from unisparse_jax.evaluation.answers import Answer as Answer
 from unisparse_jax.evaluation.answers import answer as answer
+from unisparse_jax.evaluation.answers import pad_prompts as pad_prompts
 from unisparse_jax.evaluation.attention_layers import (
   LayerQuality as LayerQuality,
 )

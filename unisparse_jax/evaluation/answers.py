@@ -72,10 +72,7 @@ def answer(
     batch = list(samples[start : start + batch_size])
     # The last batch is filled up: a new shape would compile again.
     rows = batch + [batch[-1]] * (batch_size - len(batch))
-    tokens = np.zeros((batch_size, prompt_len), np.int32)
-    lengths = np.asarray([len(s.prompt_tokens) for s in rows], np.int32)
-    for row, sample in enumerate(rows):
-      tokens[row, : lengths[row]] = sample.prompt_tokens
+    tokens, lengths = pad_prompts(rows, prompt_len)
     new_tokens = np.asarray(
       models.generate(
         model,
@@ -94,3 +91,22 @@ def answer(
         )
       )
   return answers
+
+
+def pad_prompts(
+  samples: Sequence[tasks.TaskSample], prompt_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as the rows of one array, padded on the right.
+
+  Args:
+    samples: prompts of at most prompt_len tokens.
+    prompt_len: length of a row.
+
+  Returns:
+    int32 [num_samples, prompt_len] and the int32 [num_samples] lengths.
+  """
+  tokens = np.zeros((len(samples), prompt_len), np.int32)
+  lengths = np.asarray([len(s.prompt_tokens) for s in samples], np.int32)
+  for row, length, sample in zip(tokens, lengths, samples, strict=True):
+    row[:length] = sample.prompt_tokens
+  return tokens, lengths
