@@ -23,7 +23,8 @@ the fourth (true masses with top-p: 0.941). On next tokens at 8,192 min_score
 
 Which of a block's queries speak, and what it costs: growth of the loss of whole
 dense answers (nats; nine tasks, 12 prompts each, 8,192 tokens, one H100,
-bfloat16) beside the density, a mask for each key head, key blocks of 64:
+bfloat16) beside the density, a mask for each key head, key blocks of 64
+(results/query_aggregation_h100.jsonl, "dense" beside; the script is not here):
 
   windows of 4, mean      1.39 at 0.209, 0.35 at 0.306, 0.14 at 0.373
   windows of 4, largest   0.47 at 0.201, 0.13 at 0.301
