@@ -17,22 +17,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _OPTIMISED = {"pallas_kernels", "attention", "training"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile(request):
-  """Less optimisation: most tests are many programs that run for moments."""
-  parts = request.path.relative_to(request.config.rootpath).parts
-  quick = not _OPTIMISED & set(parts)
-  jax.config.update("jax_disable_most_optimizations", quick)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Less optimisation: most tests are many programs that run for moments.
 
-
-@pytest.fixture
-def optimised():
-  """All optimisation, for one test of a module that goes without."""
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
+  Set before any fixture of the test runs; what was compiled the other way, by
+  a test before it in this process, is forgotten.
+  """
+  parts = set(item.path.relative_to(item.config.rootpath).parts)
+  optimised = parts & _OPTIMISED or item.get_closest_marker("optimised")
+  quick = not optimised
+  if jax.config.read("jax_disable_most_optimizations") != quick:
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

@@ -380,7 +380,7 @@ def check_tree_log(log):
 @pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="older compilers copy the cache"
 )
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.optimised
 def test_no_step_copies_a_cache(target, prompts):
   session = speculative.prepare(
     target,
