@@ -22,10 +22,11 @@ from experiments import (
   flags_and_configs,
   long_context_config,
   long_context_run,
+  runs,
   selector_study,
 )
 from pallas_kernels import checks
-from unisparse_jax import attention, data, models, records
+from unisparse_jax import attention, models, records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -68,25 +69,25 @@ def main(argv):
   config = flags_and_configs.to_dataclass(Config, _CONFIG.value, name="config")
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
-  flags_and_configs.start_jax(workdir)
-  writer = records.RecordWriter(workdir / "records.jsonl", identity)
+  run = runs.begin(_WORKDIR.value, identity)
+  done = [(r["layer"], r["pattern"]) for r in run.found()]
   dtype = jnp.dtype(config.dtype)
   calls = models.capture_qkv(
-    models.load_hf(folder, dtype=dtype), _tokens(config, folder, workdir)
+    models.load_hf(folder, dtype=dtype), _tokens(config, folder, run.workdir)
   )
   for layer in config.layers or range(len(calls)):
     qkv = tuple(x.astype(dtype) for x in calls[layer])
     for settings in config.patterns:
+      if (layer, records.to_json(settings)) in done:
+        continue
       found = check(config, settings, *qkv)
-      writer.write(layer=layer, pattern=dict(settings), **found)
+      run.writer.write(layer=layer, pattern=dict(settings), **found)
       errors = ", ".join(f"{k} {v:.2e}" for k, v in found.items())
       print(f"layer {layer}, {dict(settings)}: {errors}", flush=True)
 
 
 def _tokens(config: Config, folder: pathlib.Path, workdir: pathlib.Path):
-  tokenizer = data.Tokenizer.load(folder / "tokenizer.json")
-  corpus = long_context_run.held_out_code(workdir / "corpus", tokenizer)
+  corpus = long_context_run.held_out_code(folder, workdir)
   return selector_study.tokens_of(corpus, "code", config.length, config.seed)
 
 

@@ -21,8 +21,9 @@ from experiments import (
   long_context,
   long_context_config,
   long_context_run,
+  runs,
 )
-from unisparse_jax import attention, data, models, records
+from unisparse_jax import attention, models, records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -33,16 +34,10 @@ def main(argv):
   config = calibrate_search.parse(_CONFIG.value)
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
-  flags_and_configs.start_jax(workdir)
+  run = runs.begin(_WORKDIR.value, identity)
   console = long_context.make_console()
-  file = workdir / "records.jsonl"
-  found = records.read(file) if file.exists() else []
-  done = {(r["text"], r["layer"]) for r in found}
-  writer = records.RecordWriter(file, identity)
-  corpus = long_context_run.held_out_code(
-    workdir / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
-  )
+  done = {(r["text"], r["layer"]) for r in run.found()}
+  corpus = long_context_run.held_out_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.float32)
   num_layers = model.config.num_layers
   for text in config.texts:
@@ -55,10 +50,10 @@ def main(argv):
       start = time.perf_counter()
       measured = calibrate_search.measure(config, q, k, v)
       seconds = time.perf_counter() - start
-      writer.write(text=text, layer=layer, seconds=seconds, **measured)
+      run.writer.write(text=text, layer=layer, seconds=seconds, **measured)
       console.print(f"{text} layer {layer}: {seconds:.1f} s")
 
-  found = records.read(file)
+  found = run.found()
   layers = calibrate_search.choose(config, found, num_layers)
   single = calibrate_search.single_budget(config, found)
   calls = models.capture_qkv(model, config.tokens(corpus, config.test_text))
@@ -83,7 +78,7 @@ def main(argv):
       "dense_below_ms": times,
     },
   )
-  path = workdir / "calibration.json"
+  path = run.workdir / "calibration.json"
   records.write_json(path, calibration.to_json())
   # What was written is what the plug-in reads.
   attention.load_calibration(path, model_sha256=calibration.model_sha256)

@@ -25,8 +25,9 @@ from experiments import (
   long_context,
   long_context_config,
   long_context_run,
+  runs,
 )
-from unisparse_jax import attention, data, evaluation, models, records, tasks
+from unisparse_jax import attention, evaluation, models, records, tasks
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -37,18 +38,11 @@ def main(argv):
   config = calibrate_answers_search.parse(_CONFIG.value)
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
-  flags_and_configs.start_jax(workdir)
+  run = runs.begin(_WORKDIR.value, identity)
   console = long_context.make_console()
-  corpus = long_context_run.held_out_code(
-    workdir / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
-  )
+  corpus = long_context_run.held_out_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.dtype(config.dtype))
-  file = workdir / "records.jsonl"
-  found = records.read(file) if file.exists() else []
-  losses = Losses(
-    config, model, corpus, records.RecordWriter(file, identity), found
-  )
+  losses = Losses(config, model, corpus, run.writer, run.found())
   shape = (model.config.num_layers, num_mask_heads(config, model.config))
   everything = calibrate_answers_search.Choice.keep_all(*shape)
   density, growth = one_by_one(config, losses, everything, console)
@@ -60,7 +54,7 @@ def main(argv):
       console.print(f"no choice is within {tolerance} nats", highlight=False)
       continue
     choice, evidence = chosen
-    path = workdir / f"calibration_{tolerance:g}.json"
+    path = run.workdir / f"calibration_{tolerance:g}.json"
     calibration = attention.Calibration(
       pattern="unisparse_threshold",
       settings=flags_and_configs.to_dict(config.settings),

@@ -24,8 +24,9 @@ from experiments import (
   long_context_config,
   long_context_run,
   long_context_summary,
+  runs,
 )
-from unisparse_jax import data, models, records
+from unisparse_jax import models, records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -63,12 +64,9 @@ def measure_all(
   model_config = models.load_hf_config(folder)
   config.check_model(model_config)
   identity = long_context_config.identity(config, folder)
-  path = records.claim_workdir(workdir, identity)
-  flags_and_configs.start_jax(path)
+  run = runs.begin(workdir, identity)
   steps = long_context_run.plan(config, model_config.num_layers)
-  file = path / "records.jsonl"
-  found = records.read(file) if file.exists() else []
-  done = {long_context_run.key(record) for record in found}
+  done = {long_context_run.key(record) for record in run.found()}
   missing = [step for step in steps if step.key not in done]
   console.print(
     f"{len(steps)} measurements of {folder.name}, "
@@ -78,13 +76,11 @@ def measure_all(
     measurer = long_context_run.Measurer(
       config,
       models.load_hf(folder, dtype=jnp.dtype(config.dtype)),
-      long_context_run.held_out_code(
-        path / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
-      ),
-      path,
+      long_context_run.held_out_code(folder, run.workdir),
+      run.workdir,
     )
-    run_steps(missing, measurer, records.RecordWriter(file, identity), console)
-  return records.read(file), path
+    run_steps(missing, measurer, run.writer, console)
+  return run.found(), run.workdir
 
 
 def run_steps(

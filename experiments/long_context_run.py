@@ -87,9 +87,16 @@ def plan(config: config_lib.LongContextConfig, num_layers: int) -> list[Step]:
 
 
 def held_out_code(
-  folder: pathlib.Path, tokenizer: data.Tokenizer
+  model: pathlib.Path, workdir: pathlib.Path
 ) -> data.CodeCorpus:
-  """The standard library's held-out modules, tokenised under `folder`."""
+  """The standard library's held-out modules as a model's tokens.
+
+  Args:
+    model: folder of the checkpoint, with its tokenizer.
+    workdir: the tokens are kept under it.
+  """
+  folder = workdir / "corpus"
+  tokenizer = data.Tokenizer.load(model / "tokenizer.json")
   found = sources.find_sources()
   held_out = [source for source in found if source.held_out]
   train = [s for s in found if s.stdlib and not s.held_out][:_NUM_TRAIN_FILES]

@@ -18,9 +18,14 @@ import numpy as np
 from absl import app
 from rich import table as rich_table
 
-from experiments import flags_and_configs, long_context, long_context_config
+from experiments import (
+  flags_and_configs,
+  long_context,
+  long_context_config,
+  runs,
+)
 from pallas_kernels import checks
-from unisparse_jax import data, models, records, speculative
+from unisparse_jax import data, models, speculative
 from unisparse_jax.data import sources
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
@@ -77,24 +82,22 @@ def main(argv):
     LookupConfig, _CONFIG.value, name="config"
   )
   folder = long_context_config.model_folder(config.model)
-  workdir = records.claim_workdir(
-    _WORKDIR.value, long_context_config.identity(config, folder)
-  )
-  flags_and_configs.start_jax(workdir)
+  run = runs.begin(_WORKDIR.value, long_context_config.identity(config, folder))
   console = long_context.make_console()
-  writer = records.RecordWriter(workdir / "records.jsonl", config)
   tokenizer = data.Tokenizer.load(folder / "tokenizer.json")
   # float32: the comparison is token by token.
   model = models.load_hf(folder, dtype=jnp.float32)
-  written = []
+  done = {(r["text"], r["temperature"]) for r in run.found()}
   for text in config.texts:
     prompts = make_prompts(text, tokenizer, config)
     for temperature in config.temperatures:
-      for measured in measure(model, prompts, temperature, config):
-        written.append(
-          writer.write(text=text, temperature=temperature, **measured)
-        )
-  console.print(report(written))
+      if (text, temperature) in done:
+        continue
+      # Written together: half of the drafters would pass for all of them.
+      measured = list(measure(model, prompts, temperature, config))
+      for values in measured:
+        run.writer.write(text=text, temperature=temperature, **values)
+  console.print(report(run.found()))
 
 
 def make_prompts(text: str, tokenizer, config: LookupConfig) -> np.ndarray:

@@ -2,13 +2,11 @@
 """How the sampler experiments begin, and go on where an earlier run stopped."""
 
 import dataclasses
-import pathlib
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
-from experiments import flags_and_configs
-from unisparse_jax import records
+from experiments import flags_and_configs, runs
 
 S = TypeVar("S", bound="Settings")
 
@@ -21,25 +19,9 @@ class Settings:
   dtype: str = "float64"
 
 
-class Begun(NamedTuple):
-  """A folder that belongs to the run.
-
-  Attributes:
-    workdir: the folder.
-    file: of the records in it.
-    writer: of further records.
-  """
-
-  workdir: pathlib.Path
-  file: pathlib.Path
-  writer: records.RecordWriter
-
-  def found(self) -> list[dict[str, Any]]:
-    """All records so far, of earlier runs too."""
-    return records.read(self.file) if self.file.exists() else []
-
-
-def begin(settings_type: type[S], config: Any, workdir: str) -> tuple[S, Begun]:
+def begin(
+  settings_type: type[S], config: Any, workdir: str
+) -> tuple[S, runs.Run]:
   """Reads the config, sets JAX's precision and claims the folder.
 
   Args:
@@ -54,7 +36,4 @@ def begin(settings_type: type[S], config: Any, workdir: str) -> tuple[S, Begun]:
     settings_type, config, name="config"
   )
   jax.config.update("jax_enable_x64", settings.dtype == "float64")
-  folder = records.claim_workdir(workdir, settings)
-  flags_and_configs.start_jax(folder)
-  file = folder / "records.jsonl"
-  return settings, Begun(folder, file, records.RecordWriter(file, settings))
+  return settings, runs.begin(workdir, settings)

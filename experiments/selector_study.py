@@ -22,6 +22,7 @@ from experiments import (
   long_context,
   long_context_config,
   long_context_run,
+  runs,
   selector_study_curves,
   selector_study_scores,
 )
@@ -85,16 +86,10 @@ def main(argv):
   )
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
-  flags_and_configs.start_jax(workdir)
+  run = runs.begin(_WORKDIR.value, identity)
   console = long_context.make_console()
-  file = workdir / "records.jsonl"
-  found = records.read(file) if file.exists() else []
-  done = {(r["length"], r["text"], r["layer"]) for r in found}
-  writer = records.RecordWriter(file, identity)
-  corpus = long_context_run.held_out_code(
-    workdir / "corpus", data.Tokenizer.load(folder / "tokenizer.json")
-  )
+  done = {(r["length"], r["text"], r["layer"]) for r in run.found()}
+  corpus = long_context_run.held_out_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.float32)
   layers = config.layers or tuple(range(model.config.num_layers))
   for length in config.lengths:
@@ -113,7 +108,7 @@ def main(argv):
         measured, previous = measure(q[0], k[0], config.block, previous)
         if layer in missing:
           seconds = time.perf_counter() - start
-          writer.write(
+          run.writer.write(
             length=length,
             text=text,
             layer=layer,
@@ -121,7 +116,7 @@ def main(argv):
             seconds=seconds,
           )
           console.print(f"{length:,} {text} layer {layer}: {seconds:.1f} s")
-  report(records.read(file), config, workdir, console)
+  report(run.found(), config, run.workdir, console)
 
 
 def tokens_of(corpus, text: str, length: int, seed: int) -> jax.Array:
