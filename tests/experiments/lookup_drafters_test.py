@@ -37,6 +37,8 @@ def test_writes_a_line_for_every_drafter(
     assert record["identical"] == record["prompts"] == 1
     assert 1 <= record["tokens_per_step"] <= 13
     assert record["target_calls"] <= 7
+  lookup_drafters.main(["lookup_drafters"])  # Nothing is measured twice.
+  assert records.read(tmp_path / "a" / "records.jsonl") == found
 
 
 def test_configs_are_valid():
