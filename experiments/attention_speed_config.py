@@ -66,6 +66,13 @@ class Config:
     selectors: settings of `make_pattern`, with its name under "method".
     attended: likewise one pattern with a `top_p` and `block_scores`.
     torch_timeout_s: of the process that runs the PyTorch peers.
+    captured: folder of `experiments.capture_attention`; "": none. What it holds
+      is timed with `captured_patterns`, after the cases.
+    captured_patterns: as `LongContextConfig.patterns`.
+    captured_peers: names among `JAX_PEERS` to time beside them.
+    captured_model: whose calibration a pattern without a file has.
+    matched: matched.json of `experiments.frontier`, whose patterns are timed at
+      the budgets that kept the score; "": none.
   """
 
   cases: tuple[Case, ...]
@@ -83,6 +90,11 @@ class Config:
     default_factory=lambda: {"method": "unisparse"}
   )
   torch_timeout_s: int = 240
+  captured: str = ""
+  captured_patterns: tuple = ()
+  captured_peers: tuple[str, ...] = ("cudnn",)
+  captured_model: str = "pylib_12m"
+  matched: str = ""
 
   def __post_init__(self):
     for name in ("num_heads", "num_kv_heads", "num_mask_heads", "block"):
@@ -94,6 +106,8 @@ class Config:
       "num_mask_heads", self.num_mask_heads, "num_heads", self.num_heads
     )
     checks.check_positive_int("repeats", self.repeats)
+    for peer in self.captured_peers:
+      checks.check_choice("captured_peers", peer, JAX_PEERS)
     for case in self.cases:
       checks.check_divides("block", self.block, "length", case.length)
 

@@ -37,7 +37,9 @@ def main(argv):
   config = calibrate_answers_search.parse(_CONFIG.value)
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  workdir = records.claim_workdir(_WORKDIR.value, identity)
+  workdir = records.claim_workdir(
+    _WORKDIR.value, identity, free=["max_seconds"]
+  )
   flags_and_configs.start_jax(workdir)
   console = long_context.make_console()
   corpus = long_context_run.held_out_code(
@@ -94,10 +96,12 @@ def one_by_one(config, losses, everything, console):
   Returns:
     float [num_layers, num_mask_heads, scorers, limits] twice: the mean density
     over the lengths, inf where a sparser mask did as well; the largest growth
-    of the loss over the lengths, in nats.
+    of the loss over the lengths, in nats. Heads that `max_seconds` did not
+    reach: 1 and 0 at the fullest limit.
   """
   num_layers, num_heads = everything.scorer.shape
   shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
+  start, num_left = time.monotonic(), 0
   density, growth = np.full(shape, np.inf), np.zeros(shape)
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
@@ -107,6 +111,14 @@ def one_by_one(config, losses, everything, console):
     bar = progress.add_task("one head", total=int(np.prod(shape)))
     base = {n: losses(n, everything)["loss"] for n in config.lengths}
     for where in np.ndindex(*shape[:3]):
+      if (
+        config.max_seconds is not None
+        and time.monotonic() - start > config.max_seconds
+      ):
+        # As if it kept everything and lost nothing.
+        density[*where, 0] = 1.0
+        num_left += 1
+        continue
       for index in reversed(range(shape[3])):  # from sparse to full
         one = everything.but(*where, config.min_scores[index])
         measured = {n: losses(n, one) for n in config.lengths}
@@ -120,6 +132,8 @@ def one_by_one(config, losses, everything, console):
         if growth[*where, index] <= config.negligible:
           break
       progress.advance(bar, shape[3])
+  if num_left:
+    console.print(f"time is up: {num_left} heads keep the fullest limit")
   return density, growth
 
 

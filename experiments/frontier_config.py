@@ -101,6 +101,13 @@ class FrontierConfig:
       self.compile_only,
     )
 
+    checks.require(
+      not self.search or len(self.run.tasks) > 0,
+      "config.tasks",
+      "not be empty with search",
+      self.run.tasks,
+    )
+
   def point(self, label: str) -> tuple[Sweep, Any]:
     """The sweep and the budget of a pattern's label."""
     for sweep in self.sweeps:

@@ -69,7 +69,8 @@ def matched(
     here = {row["pattern"]: row for row in rows if row["length"] == length}
     for sweep in sweeps:
       line: dict[str, Any] = {"length": length, "pattern": sweep.label}
-      line["method"], line["settings"] = sweep.method, dict(sweep.settings)
+      line |= {"method": sweep.method, "settings": dict(sweep.settings)}
+      line["budget_field"] = sweep.budget
       scored = [
         (here[label], budget)
         for label, budget in sweep.points.items()

@@ -4,7 +4,7 @@
 Answers cost most. For each pattern and length a bisection over its budgets,
 which must be listed from sparse to full, finds the sparsest that keeps the
 dense score, and only that point's layers and times are measured. It starts
-where the length before ended. The rest of the frontier comes last.
+where the length before ended. Layers and times of the other points come last.
 """
 
 from collections.abc import Iterable, Sequence
@@ -113,34 +113,35 @@ class Search:
 
   def _missing(self) -> Iterable[Step]:
     for length in self._config.lengths:
-      yield from self._of(_DENSE, length, self._config.reference_measure)
+      reference = self._config.reference_measure
       if (_DENSE, length) in self._failed:
         continue
-      # So that its times stand beside the others'.
-      yield from self._of(_DENSE, length, ("attention_time",))
+      yield from self._of(_DENSE, length, ("answers",))
+      # Answers of all patterns first: programs compile beside them, and a clock
+      # waits for those.
       for sweep in self._sweeps:
-        yield from self._of_sweep(sweep, length)
+        point = self._to_try(sweep, length)
+        if point is not None:
+          yield from self._of(point, length, ("answers",))
+          return  # what comes next depends on them
+      # So that its times stand beside the others'.
+      yield from self._of(_DENSE, length, (*reference, "attention_time"))
+      for sweep in self._sweeps:
+        points = self._alive(sweep, length)
+        if points and "answers" in sweep.measure:
+          # Where no budget keeps the score, the fullest stands for it.
+          point = self.matched(sweep, length) or points[-1]
+          yield from self._of(point, length, sweep.measure)
     for length in self._config.lengths:
       for sweep in self._sweeps:
         kinds = [m for m in sweep.measure if m not in ("answers", "prefill")]
         for point in self._alive(sweep, length):
           yield from self._of(point, length, kinds)
 
-  def _of_sweep(self, sweep, length) -> Iterable[Step]:
-    if "answers" not in sweep.measure:
-      return  # drawn at all its budgets, with the rest
-    while (point := self._to_try(sweep, length)) is not None:
-      asked = list(self._of(point, length, ("answers",)))
-      yield from asked
-      return  # what comes next depends on the answers
-    points = self._alive(sweep, length)
-    if points:
-      # Where no budget keeps the score, the fullest stands for the pattern.
-      point = self.matched(sweep, length) or points[-1]
-      yield from self._of(point, length, sweep.measure)
-
   def _to_try(self, sweep, length) -> str | None:
     """The point whose answers are missing and wanted, by bisection."""
+    if "answers" not in sweep.measure:
+      return None  # drawn at all its budgets, with the rest
     points = self._alive(sweep, length)
     low, high = -1, len(points)
     for index, point in enumerate(points):

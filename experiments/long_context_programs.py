@@ -122,20 +122,6 @@ class Programs:
       ),
     )
 
-  def walk(self, label: str, layer: int, length: int) -> Callable:
-    """(q, k, v, mask) -> out: attention over a mask that is known."""
-    mask = self._mask(label, layer, length)
-
-    def walk(q, k, v, mask):
-      return attention.sparse_attention(
-        q, k, v, mask, implementation=self._config.implementation
-      )
-
-    return self._get(
-      ("walk", _key(mask), length),
-      lambda: jax.jit(walk).lower(*self._qkv(length), mask),
-    )
-
   def quality(self, label: str, layer: int, length: int) -> Callable:
     """(mask, q, k, v, dense_out, dense_lse) -> dict of scalars."""
     mask = self._mask(label, layer, length)
@@ -174,33 +160,44 @@ class Programs:
   # When they are compiled.
 
   def ahead(self, labels: Iterable[str]):
-    """Starts to compile all that these patterns need, in their order."""
+    """Starts to compile all that these patterns need.
+
+    What answers need comes first at each length: no clock runs then.
+    """
     config = self._config
+    labels = list(labels)
     measured = {config_lib.DENSE: config.reference_measure} | {
       entry.label: entry.measure for entry in config.entries
     }
     for length in config.lengths:
-      for label in labels:
-        for make in self._wanted(label, measured[label], length):
-          self._pool.submit(_quietly, make)
+      for answering in (True, False):
+        for label in labels:
+          wanted = self._wanted(label, measured[label], length, answering)
+          for make in wanted:
+            self._pool.submit(_quietly, make)
 
-  def _wanted(self, label, measure, length):
-    layers = range(self._model_config.num_layers)
-    if "answers" in measure:
-      yield functools.partial(self.decode, length)
-    if {"answers", "prefill"} & set(measure):
-      yield functools.partial(self.prefill, label, length)
-    if {"layers", "attention_time"} & set(measure):
+  def _wanted(self, label, measure, length, answering):
+    """Calls that compile what a pattern needs, for answers or for the rest."""
+    if answering:
+      if "answers" in measure:
+        yield functools.partial(self.decode, length)
+      if {"answers", "prefill"} & set(measure):
+        yield functools.partial(self.prefill, label, length)
+      return
+    if label == config_lib.DENSE:
       yield functools.partial(self.capture, length)
-    for layer in layers:  # mostly the same programs
-      if "attention_time" in measure or label == config_lib.DENSE:
-        yield functools.partial(self.attend, label, layer, length)
-      if label == config_lib.DENSE:
-        continue
+      yield functools.partial(self.attend, label, 0, length)
+      return
+    fns = set()
+    for layer in range(self._model_config.num_layers):
+      fn, _ = self._one_layer(label, layer)
+      if fn in fns:
+        continue  # mostly all layers share theirs
+      fns.add(fn)
       if {"layers", "attention_time"} & set(measure):
         yield functools.partial(self.select, label, layer, length)
       if "attention_time" in measure:
-        yield functools.partial(self.walk, label, layer, length)
+        yield functools.partial(self.attend, label, layer, length)
       if "layers" in measure:
         yield functools.partial(self.dense_with_lse, length)
         yield functools.partial(self.quality, label, layer, length)

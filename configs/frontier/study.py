@@ -31,32 +31,25 @@ def _sweep(label, method, budget, values, **settings):
 
 
 def _sweeps(root):
-  file = f"{root}/calibration/calibration_0.2.json"
+  file = f"{root}/calibration.json"
   factors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
+  limits = ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0), (1.0, 1.0), (0.5, 0.5))
+  sizes = ((100, 800), (500, 700), (1000, 6096))
+  vertical_slash = [(("vertical_slash", *size),) for size in sizes]
+  by_limit = ("unisparse_threshold", "min_score", limits)
   shares = ("top_p", _SHARES)
-  vertical_slash = ((100, 800), (500, 700), (1000, 6096))
-  return (
-    _sweep(
-      *("ours", "calibrated", "factor", factors), file=file, optional=True
-    ),
+  ours = dict(file=file, optional=True)
+  return (  # the most wanted first
+    _sweep("ours", "calibrated", "factor", factors, **ours),
     _sweep("unisparse", "unisparse", *shares),
     _sweep("xattention", "xattention", *shares, stride=8),
     _sweep("flexprefill", "flexprefill", *shares),
     _sweep("sample_attention", "sample_attention", *shares),
-    _sweep(
-      *("one threshold", "unisparse_threshold", "min_score"),
-      ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0), (1.0, 1.0), (0.5, 0.5)),
-      **_OURS,
-    ),
-    _sweep(
-      *("minference", "minference", "heads"),
-      ((("vertical_slash", *sizes),) for sizes in vertical_slash),
-    ),
-    _sweep(
-      "sample_attention_v1", "sample_attention_v1", *shares, max_columns=4096
-    ),
-    _sweep("random", "random_blocks", "density", (0.25, 0.5, 0.75)),
+    _sweep("minference", "minference", "heads", vertical_slash),
+    _sweep("sample v1", "sample_attention_v1", *shares, max_columns=4096),
+    _sweep("one threshold", *by_limit, **_OURS),
     _sweep("streaming", "streaming", "num_local", (1024, 8192), num_sink=1024),
+    _sweep("random", "random_blocks", "density", (0.25, 0.5, 0.75)),
     dict(
       label="oracle",
       method="oracle",

@@ -12,25 +12,25 @@ from configs.frontier import study
 
 _BLOCKS = dict(block_q=64, block_kv=64)
 _SMALL = {
+  "calibrated": dict(values=(1.0, 0.25)),
+  "unisparse": dict(values=(0.8, 0.9, 0.99), **_BLOCKS),
+  "unisparse_threshold": dict(values=((8.0, 8.0), (0.5, 0.5))),
   "minference": dict(values=((("vertical_slash", 50, 100),),)),
-  "streaming": dict(values=(64, 256), num_sink=64, **_BLOCKS),
-  "flexprefill": dict(min_budget=64, **_BLOCKS),
-  "sample_attention": dict(sample_rows=16, **_BLOCKS),
-  "sample_attention_v1": dict(max_columns=128, **_BLOCKS),
-  "unisparse_threshold": dict(block_q=64),
-  "calibrated": dict(),
+  "sample_attention_v1": dict(values=(0.9,), max_columns=128, **_BLOCKS),
+  "oracle": dict(values=(0.9,), **_BLOCKS),
 }
 
 
 def get_config(root: str = "out/study"):
   config = study.get_config(root)
-  config.lengths = (512, 768)
+  config.lengths = (768, 512)
   config.dtype = "float32"
   config.sweeps = tuple(
-    {**sweep, **_SMALL.get(sweep["method"], _BLOCKS)}
+    {**sweep, **_SMALL[sweep["method"]]}
     for sweep in map(dict, config.sweeps)
+    if sweep["method"] in _SMALL
   )
-  config.tasks = ("niah_single_1", "qa_1")
+  config.tasks = ("niah_single_1", "vt")
   config.captured_task = "qa_1"
   config.samples = 2
   config.quality_layers = (0, 1)

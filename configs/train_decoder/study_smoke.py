@@ -25,6 +25,6 @@ def get_config():
     warmup_steps=2, attention="tiled", num_workers=1, log_every=5
   )
   config.train.update(dtype="float32", max_seconds=20.0)
-  config.data.packages = ()
+  config.data.update(packages=(), answer_weights=(10.0, 20.0))
   config.eval.update(seq_len=1024, rows=1, task_lens=(1024,), task_rows=1)
   return config
