@@ -49,15 +49,14 @@ def measure(
   search = Search(config, sweeps, share, run.model_config.num_layers)
   for record in run.found():
     search.add(record)
-  if config.scan_layers and search.next_step() is not None:
-    programs = getattr(run.measurer, "programs", None)
-    assert programs is not None, "a measurer of scanned layers has programs"
-    programs.ahead([_DENSE, *(e.label for e in config.entries)])
-  count = 0
+  count, length = 0, None
   while (step := search.next_step()) is not None:
     if run.time_is_up():
       console.print("time is up: some measurements are left")
       break
+    if config.scan_layers and step.length != length:
+      length = step.length
+      run.measurer.programs.ahead(length)
     count += 1
     try:
       values = run.take(step)

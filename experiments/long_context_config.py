@@ -2,6 +2,7 @@
 """Settings of the long-context experiment, checked before anything runs."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -157,7 +158,7 @@ class LongContextConfig:
         sorted(kinds),
       )
 
-  @property
+  @functools.cached_property
   def entries(self) -> tuple[PatternEntry, ...]:
     """`patterns`, built."""
     return tuple(

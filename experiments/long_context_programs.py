@@ -12,7 +12,7 @@ compile everything into the shared cache while the model is still training.
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ class Programs:
     )
     self._known: dict[Hashable, concurrent.futures.Future] = {}
     self._sizes: dict[Hashable, Any] = {}
+    self._attentions: dict[Hashable, Any] = {}
     self.compile_s = 0.0  # of all threads together
 
   # What a measurement asks for; compiled at the first call or ahead of it.
@@ -74,9 +75,16 @@ class Programs:
 
   def budgeted(self, label: str):
     """Template and budgets of a pattern by its label."""
+    if label not in self._attentions:
+      fn = self._config.attention_fn(label)
+      num_layers = self._model_config.num_layers
+      self._attentions[label] = self._take_apart(fn, num_layers)
+    return self._attentions[label]
+
+  def _take_apart(self, fn, num_layers):
     return attention.budgeted(
-      self._config.attention_fn(label),
-      num_layers=self._model_config.num_layers,
+      fn,
+      num_layers=num_layers,
       num_heads=self._model_config.num_heads,
       num_kv_heads=self._model_config.num_kv_heads,
     )
@@ -85,7 +93,7 @@ class Programs:
     """(params, layers, tokens, lengths, budgets) -> `models.Prefilled`."""
     fn, budgets = self.budgeted(label)
     return self._get(
-      ("prefill", fn, length), lambda: self._lower_prefill(fn, budgets, length)
+      ("prefill", fn, length), lambda: self._trace_prefill(fn, budgets, length)
     )
 
   def capture(self, length: int) -> Callable:
@@ -93,12 +101,12 @@ class Programs:
     fn, budgets = self.budgeted(config_lib.DENSE)
     return self._get(
       ("capture", length),
-      lambda: self._lower_prefill(fn, budgets, length, keep_q=True),
+      lambda: self._trace_prefill(fn, budgets, length, keep_q=True),
     )
 
   def decode(self, length: int) -> Callable:
     """(params, tuple of Prefilled) -> int32 [samples, answer_len]."""
-    return self._get(("decode", length), lambda: self._lower_decode(length))
+    return self._get(("decode", length), lambda: self._trace_decode(length))
 
   def attend(self, label: str, layer: int, length: int) -> Callable:
     """(q, k, v, budget of the layer) -> out: selection and attention."""
@@ -109,7 +117,7 @@ class Programs:
 
     return self._get(
       ("attend", fn, self._budget(label).shape, length),
-      lambda: jax.jit(attend).lower(*self._qkv(length), self._budget(label)),
+      lambda: jax.jit(attend).trace(*self._qkv(length), self._budget(label)),
     )
 
   def select(self, label: str, layer: int, length: int) -> Callable:
@@ -117,7 +125,7 @@ class Programs:
     fn, _ = self._one_layer(label, layer)
     return self._get(
       ("select", fn, self._budget(label).shape, length),
-      lambda: jax.jit(_selector(fn)).lower(
+      lambda: jax.jit(_selector(fn)).trace(
         *self._qkv(length)[:2], self._budget(label)
       ),
     )
@@ -129,12 +137,12 @@ class Programs:
       evaluation.mask_quality, implementation=self._config.implementation
     )
 
-    def lower():
+    def trace():
       q, k, v = self._qkv(length)
       lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
-      return jax.jit(fn).lower(mask, q, k, v, q, lse)
+      return jax.jit(fn).trace(mask, q, k, v, q, lse)
 
-    return self._get(("quality", _key(mask), length), lower)
+    return self._get(("quality", _key(mask), length), trace)
 
   def dense_with_lse(self, length: int) -> Callable:
     """(q, k, v) -> (out, lse) over all blocks, by the sparse back end."""
@@ -154,27 +162,23 @@ class Programs:
       )
 
     return self._get(
-      ("dense", length), lambda: jax.jit(dense).lower(*self._qkv(length))
+      ("dense", length), lambda: jax.jit(dense).trace(*self._qkv(length))
     )
 
   # When they are compiled.
 
-  def ahead(self, labels: Iterable[str]):
-    """Starts to compile all that these patterns need.
+  def ahead(self, length: int):
+    """Starts to compile all that a length needs, in the order of the patterns.
 
-    What answers need comes first at each length: no clock runs then.
+    What answers need comes first: no clock runs then.
     """
-    config = self._config
-    labels = list(labels)
-    measured = {config_lib.DENSE: config.reference_measure} | {
-      entry.label: entry.measure for entry in config.entries
+    measured = {config_lib.DENSE: self._config.reference_measure} | {
+      entry.label: entry.measure for entry in self._config.entries
     }
-    for length in config.lengths:
-      for answering in (True, False):
-        for label in labels:
-          wanted = self._wanted(label, measured[label], length, answering)
-          for make in wanted:
-            self._pool.submit(_quietly, make)
+    for answering in (True, False):
+      for label, measure in measured.items():
+        for make in self._wanted(label, measure, length, answering):
+          self._pool.submit(_quietly, make)
 
   def _wanted(self, label, measure, length, answering):
     """Calls that compile what a pattern needs, for answers or for the rest."""
@@ -222,13 +226,17 @@ class Programs:
     """Gives up what has not begun to compile."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
-  def _get(self, key: Hashable, lower: Callable[[], Any]) -> Callable:
+  def build(self, traced: jax.stages.Traced) -> Callable:
+    """The program of a trace, for the device at hand."""
+    return traced.lower().compile()
+
+  def _get(self, key: Hashable, trace: Callable[[], Any]) -> Callable:
     future = concurrent.futures.Future()
     known = self._known.setdefault(key, future)
     if known is future:
       start = time.perf_counter()
       try:
-        future.set_result(lower().compile())
+        future.set_result(self.build(trace()))
       except BaseException as error:
         future.set_exception(error)
       self.compile_s += time.perf_counter() - start
@@ -257,15 +265,12 @@ class Programs:
 
   def _one_layer(self, label: str, layer: int):
     """The attention of one layer alone, with its budgets."""
-    model = self._model_config
-    return attention.budgeted(
-      attention.for_layer(
-        self._config.attention_fn(label), layer, model.num_layers
-      ),
-      num_layers=1,
-      num_heads=model.num_heads,
-      num_kv_heads=model.num_kv_heads,
-    )
+    if (label, layer) not in self._attentions:
+      fn = attention.for_layer(
+        self._config.attention_fn(label), layer, self._model_config.num_layers
+      )
+      self._attentions[label, layer] = self._take_apart(fn, 1)
+    return self._attentions[label, layer]
 
   def _mask(self, label: str, layer: int, length: int):
     fn, _ = self._one_layer(label, layer)
@@ -277,7 +282,7 @@ class Programs:
       )
     return self._sizes[key]
 
-  def _lower_prefill(self, fn, budgets, length, *, keep_q=False):
+  def _trace_prefill(self, fn, budgets, length, *, keep_q=False):
     q_len = length if keep_q else self.prompt_len(length)
     capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
@@ -294,7 +299,7 @@ class Programs:
         keep_q=keep_q,
       )
 
-    return jax.jit(prefill).lower(
+    return jax.jit(prefill).trace(
       self._params,
       self._layers,
       jax.ShapeDtypeStruct((1, q_len), jnp.int32),
@@ -302,7 +307,7 @@ class Programs:
       _shapes(budgets),
     )
 
-  def _lower_decode(self, length):
+  def _trace_decode(self, length):
     model = self._model_config
     capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
     kv = jax.ShapeDtypeStruct(
@@ -327,7 +332,7 @@ class Programs:
       )[0]
 
     # Each prompt's own cache is not needed beside the joint one.
-    return jax.jit(decode).lower(self._params, (row,) * self._config.samples)
+    return jax.jit(decode).trace(self._params, (row,) * self._config.samples)
 
 
 def _selector(fn: attention.BudgetedAttention):

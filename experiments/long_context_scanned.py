@@ -176,6 +176,7 @@ def compile_only(
 ) -> long_context_programs.Programs:
   """Compiles all that a run with these settings may need, without weights."""
   programs = long_context_programs.Programs(config, model_config, stop_ids)
-  programs.ahead([config_lib.DENSE, *(e.label for e in config.entries)])
+  for length in config.lengths:
+    programs.ahead(length)
   programs.wait()
   return programs

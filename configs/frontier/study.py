@@ -34,7 +34,7 @@ def _sweeps(root):
   file = f"{root}/calibration.json"
   factors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
   limits = ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0), (1.0, 1.0), (0.5, 0.5))
-  sizes = ((100, 800), (500, 700), (1000, 6096))
+  sizes = ((500, 700), (1000, 6096))
   vertical_slash = [(("vertical_slash", *size),) for size in sizes]
   by_limit = ("unisparse_threshold", "min_score", limits)
   shares = ("top_p", _SHARES)
