@@ -1,113 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on captured q, k, v: masks that a model makes, not random ones."""
 
-import functools
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from experiments import (
   attention_speed_config,
   attention_speed_run,
   capture_attention,
   long_context_config,
+  long_context_programs,
 )
-from unisparse_jax import attention
+from unisparse_jax import attention, models
+
+_DENSE = long_context_config.DENSE
 
 
 def measure_captured(
   config: attention_speed_config.Config,
 ) -> Iterator[dict[str, Any]]:
-  """Records of every captured layer: dense peers, then each pattern.
+  """Records of every captured layer: the dense peer, then each pattern.
 
-  Of a pattern: "with selection" in one call, the "selection" alone, the kernel
-  over the real mask, and the kernel over a random mask of the same density,
-  whose rows are of equal share. A method that fails yields its error.
+  Of a pattern: both steps "with selection", the "selection" alone, the kernel
+  over the "real mask", and over a "random mask" that keeps as many blocks in
+  each row. A method that fails yields its error. The programs are those of
+  `experiments.frontier`: a cache that it filled serves them.
   """
-  for length, layer in capture_attention.found_in(config.captured):
-    q, k, v = capture_attention.load(config.captured, length, layer)
-    size = {
-      "length": length,
-      "head_dim": q.shape[-1],
-      "direction": "forward",
-      "layer": layer,
-    }
-    pairs = attention_speed_run.causal_pairs(length, q.shape[2])
-    for peer in config.captured_peers:
-      timed = attention_speed_run.time_peer(config, peer, (q, k, v), pairs)
-      yield {**size, "method": peer, "density": 1.0, **timed}
-    for values in (*config.captured_patterns, *_matched(config, length)):
-      entry = long_context_config.make_entry(values, config.captured_model)
-      yield from _measure_pattern(config, size, entry, layer, q, k, v)
+  found = capture_attention.found_in(config.captured)
+  for length in sorted({length for length, _ in found}):
+    layers = [layer for n, layer in found if n == length]
+    patterns = (*config.captured_patterns, *_matched(config, length))
+    run = _run_config(config, length, patterns)
+    folder = long_context_config.model_folder(run.model)
+    programs = long_context_programs.Programs(
+      run, models.load_hf_config(folder), ()
+    )
+    for layer in layers:
+      arrays = capture_attention.load(config.captured, length, layer)
+      for label in (_DENSE, *(entry.label for entry in run.entries)):
+        yield from _measure(config, run, programs, label, layer, arrays)
 
 
-def _measure_pattern(config, size, entry, layer, q, k, v):
-  pattern = entry.pattern(layer)
-  size = {**size, "pattern": repr(pattern)}
-  label = entry.label
+def _run_config(config, length, patterns):
+  if not patterns:  # nothing was matched at this length
+    patterns = (dict(label="all blocks", method="dense"),)
+  measure = ("layers", "attention_time")
+  return long_context_config.parse(
+    dict(
+      model=config.captured_model,
+      patterns=tuple({**values, "measure": measure} for values in patterns),
+      lengths=(length,),
+      dtype=config.dtype,
+      implementation=config.implementation,
+      dense_implementation=config.captured_dense,
+      reference_measure=(),
+      scan_layers=True,
+    )
+  )
+
+
+def _measure(config, run, programs, label, layer, arrays):
+  """Records of one method on one layer."""
+  q, k, v = arrays
+  length = q.shape[1]
+  size = {"length": length, "head_dim": q.shape[-1], "layer": layer}
+  size |= {"direction": "forward", "method": label}
   try:
-    mask = jax.jit(pattern.select)(q, k)
+    budget = programs.budgeted(label)[1].layer(layer).budget
+    attend = programs.attend(label, layer, length)
+    if label == _DENSE:
+      size |= {"method": config.captured_dense, "density": 1.0}
+      pairs = attention_speed_run.causal_pairs(length, q.shape[2])
+      yield size | _timed(config, attend, (q, k, v, budget), q, pairs)
+      return
+    size["pattern"] = repr(run.entry(label).pattern(layer))
+    select = programs.select(label, layer, length)
+    mask = select(q, k, budget)
     nominal = jax.jit(attention.metrics.nominal_density)(mask).mean()
-    density = float(attention.metrics.density(mask).mean())
-  except Exception as error:
-    yield {
-      **size,
-      "method": label,
-      **attention_speed_run.failure(error),
-    }
-    return
-  found = {"density": density, "nominal_density": float(nominal)}
-  sparse = attention.SparseAttention(
-    pattern=pattern, implementation=config.implementation
+    density = attention.metrics.density(mask).mean()
+    size |= {"density": float(density), "nominal_density": float(nominal)}
+    pairs = float(mask.num_kv_blocks.sum()) * q.shape[2] / mask.num_mask_heads
+    pairs *= mask.grid.block_q * mask.grid.block_kv
+    calls = [
+      ("with selection", attend, (q, k, v, budget), pairs),
+      ("selection", select, (q, k, budget), None),
+    ]
+    if mask.columns is None:
+      walk = programs.walk(mask, length)
+      calls += [
+        ("real mask", walk, (q, k, v, mask), pairs),
+        ("random mask", walk, (q, k, v, shuffled(mask, config.seed)), pairs),
+      ]
+    for what, program, args, kept in calls:
+      yield {**size, "what": what, **_timed(config, program, args, q, kept)}
+  except Exception as error:  # a refusal is a result
+    yield size | attention_speed_run.failure(error)
+
+
+def _timed(config, program, args, q, pairs):
+  record: dict[str, Any] = attention_speed_run.clock(
+    lambda: program(*args),
+    jax.block_until_ready,
+    repeats=config.repeats,
+    group_ms=config.group_ms,
   )
+  if pairs is not None:
+    work = attention_speed_run.flops(pairs, q.shape[-1], backward=False)
+    record["tflops"] = work / float(record["median_ms"]) / 1e9
+  return record
+
+
+def shuffled(mask: attention.BlockMask, seed: int) -> attention.BlockMask:
+  """As many blocks in every row, but others: the diagonal, the rest at random.
+
+  Args:
+    mask: causal, with equal numbers of queries and keys.
+    seed: of the choice.
+  """
+  rng = np.random.default_rng(seed)
   grid = mask.grid
-  per_mask = q.shape[2] // mask.num_mask_heads
-  pairs = float(mask.num_kv_blocks.sum()) * per_mask
-  pairs *= grid.block_q * grid.block_kv
-  timed = functools.partial(attention_speed_run.time_kept, config)
-  walk = functools.partial(
-    attention.sparse_attention, implementation=config.implementation
-  )
-  for what, fn, args, kept in (
-    ("with selection", sparse, (q, k, v), pairs),
-    ("selection", pattern.select, (q, k), None),
-    ("real mask", walk, (q, k, v, mask), pairs),
-  ):
-    record = timed(fn, args, kept, q.shape[-1])
-    yield {**size, "method": label, "what": what, **found, **record}
-  if mask.columns is None and grid.block_q == grid.block_kv:
-    lists, counts = attention_speed_run.random_lists(
-      q.shape[1],
-      density,
-      block=grid.block_q,
-      num_mask_heads=mask.num_mask_heads,
-      seed=config.seed,
-    )
-    kept = float(counts.sum()) * per_mask * grid.block_q**2
-    record = timed(
-      functools.partial(
-        attention_speed_run.attend_lists, config, block=grid.block_q
-      ),
-      (q, k, v, lists, counts),
-      kept,
-      q.shape[-1],
-    )
-    yield {**size, "method": label, "what": "random mask", **found, **record}
+  counts = np.asarray(mask.num_kv_blocks)
+  lists = np.zeros(mask.kv_block_indices.shape, np.int32)
+  reach = np.asarray(grid.admissible().sum(-1))  # [batch, num_q_blocks]
+  own = np.asarray(grid.diagonal().sum(-1))
+  for batch, head, row in np.ndindex(*counts.shape):
+    last, count = reach[batch, row], counts[batch, head, row]
+    diagonal = min(own[batch, row], count)
+    others = rng.permutation(last - diagonal)[: count - diagonal]
+    chosen = np.concatenate([np.arange(last - diagonal, last), others])
+    lists[batch, head, row, :count] = np.sort(chosen)[::-1]
+  return dataclasses.replace(mask, kv_block_indices=jnp.asarray(lists))
 
 
-def _matched(config, length) -> list[dict[str, Any]]:
+def _matched(config, length) -> tuple[dict[str, Any], ...]:
   """Patterns at the budgets that a frontier found to keep the score."""
   if not config.matched:
-    return []
+    return ()
   lines = json.loads(pathlib.Path(config.matched).read_text(encoding="utf-8"))
-  return [
+  return tuple(
     pattern_of(line)
     for line in lines
     if line["length"] == length and "budget" in line
-  ]
+  )
 
 
 def pattern_of(line: dict[str, Any]) -> dict[str, Any]:

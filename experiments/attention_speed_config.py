@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import flags_and_configs
 from pallas_kernels import checks
+from unisparse_jax.attention import dense
 
 JAX_PEERS = ("cudnn", "attention_mgpu", "tokamax", "xla_dense")
 TORCH_PEERS = ("torch_flash2", "torch_cudnn", "torch_flex")
@@ -69,8 +70,8 @@ class Config:
     captured: folder of `experiments.capture_attention`; "": none. What it holds
       is timed with `captured_patterns`, after the cases.
     captured_patterns: as `LongContextConfig.patterns`.
-    captured_peers: names among `JAX_PEERS` to time beside them.
-    captured_model: whose calibration a pattern without a file has.
+    captured_model: whose attention that is.
+    captured_dense: the dense peer, an implementation of `DenseAttention`.
     matched: matched.json of `experiments.frontier`, whose patterns are timed at
       the budgets that kept the score; "": none.
   """
@@ -92,8 +93,8 @@ class Config:
   torch_timeout_s: int = 240
   captured: str = ""
   captured_patterns: tuple = ()
-  captured_peers: tuple[str, ...] = ("cudnn",)
   captured_model: str = "pylib_12m"
+  captured_dense: str = "cudnn"
   matched: str = ""
 
   def __post_init__(self):
@@ -106,8 +107,9 @@ class Config:
       "num_mask_heads", self.num_mask_heads, "num_heads", self.num_heads
     )
     checks.check_positive_int("repeats", self.repeats)
-    for peer in self.captured_peers:
-      checks.check_choice("captured_peers", peer, JAX_PEERS)
+    checks.check_choice(
+      "captured_dense", self.captured_dense, dense.IMPLEMENTATIONS
+    )
     for case in self.cases:
       checks.check_divides("block", self.block, "length", case.length)
 

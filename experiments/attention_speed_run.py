@@ -345,45 +345,14 @@ def failure(error: BaseException) -> dict[str, str]:
   return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def time_peer(
-  config: speed_config.Config, peer: str, qkv: tuple, pairs: float
-) -> dict[str, Any]:
-  """Times a dense peer forward on given arrays."""
-  if peer == "attention_mgpu":  # its scratch is float16
-    qkv = jax.tree.map(lambda x: x.astype(jnp.float16), qkv)
-  return _time(config, peers.PEERS[peer], (*qkv, None), "forward", pairs)
-
-
-def time_kept(
-  config: speed_config.Config,
-  fn: Callable,
-  args: tuple,
-  kept_pairs: float | None,
-  head_dim: int,
-) -> dict[str, Any]:
-  """Times fn(*args); TFLOP/s of the kept pairs, where they are given."""
-  record = _time_call(config, fn, args)
-  if kept_pairs is not None and "error" not in record:
-    work = flops(kept_pairs, head_dim, backward=False)
-    record["tflops"] = work / float(record["median_ms"]) / 1e9
-  return record
-
-
-def attend_lists(
-  config: speed_config.Config, q, k, v, lists, counts, *, block: int
-):
-  """Our kernel over block lists."""
+def _ours(config, q, k, v, lists, counts):
   return pallas_kernels.block_sparse_attention(
     q,
     k,
     v,
     lists,
     counts,
-    block_q=block,
-    block_kv=block,
+    block_q=config.block,
+    block_kv=config.block,
     implementation=config.implementation,
   )[0]
-
-
-def _ours(config, q, k, v, lists, counts):
-  return attend_lists(config, q, k, v, lists, counts, block=config.block)

@@ -276,11 +276,6 @@ def _calibration_file(settings: Mapping, model: str) -> pathlib.Path:
   return model_folder(model) / _CALIBRATION
 
 
-def make_entry(values: Mapping, model: str) -> PatternEntry:
-  """One entry of `LongContextConfig.patterns`, built."""
-  return _entry(values, "pattern", model)
-
-
 def _scaled(patterns: tuple, factor: float) -> tuple:
   """The limits of every layer and head, times a factor."""
   if factor == 1.0:

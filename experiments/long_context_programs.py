@@ -130,6 +130,20 @@ class Programs:
       ),
     )
 
+  def walk(self, mask: attention.BlockMask, length: int) -> Callable:
+    """(q, k, v, mask) -> out, for masks of this shape; made at the call."""
+
+    def walk(q, k, v, mask):
+      return attention.sparse_attention(
+        q, k, v, mask, implementation=self._config.implementation
+      )
+
+    shapes = _shapes(mask)
+    return self._get(
+      ("walk", _key(shapes), length),
+      lambda: jax.jit(walk).trace(*self._qkv(length), shapes),
+    )
+
   def quality(self, label: str, layer: int, length: int) -> Callable:
     """(mask, q, k, v, dense_out, dense_lse) -> dict of scalars."""
     mask = self._mask(label, layer, length)

@@ -17,7 +17,7 @@ def get_config(root: str = "out/study"):
   config.captured_patterns = (
     dict(label="small", method="unisparse", block_q=64, block_kv=64),
   )
-  config.captured_peers = ("xla_dense",)
+  config.captured_dense = "tiled"
   config.dtype = "float32"
   config.implementation = "xla"
   config.repeats = 1

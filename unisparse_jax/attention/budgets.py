@@ -8,6 +8,7 @@ all layers are one array.
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -202,6 +203,7 @@ def budgeted(
   )
 
 
+@functools.lru_cache(maxsize=1024)
 def num_mask_heads(
   pattern: selector.Pattern, num_heads: int, num_kv_heads: int
 ) -> int:
