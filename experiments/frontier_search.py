@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which measurement of a frontier comes next, if time is dear.
 
-Answers cost most. For each pattern and length a bisection over its budgets,
-which must be listed from sparse to full, finds the sparsest that keeps the
-dense score, and only that point's layers and times are measured. It starts
-where the length before ended. Layers and times of the other points come last.
+Answers cost most. For each pattern and length a search over its budgets, which
+must be listed from sparse to full, finds the sparsest that keeps the dense
+score, and only that point's layers and times are measured. It starts where the
+length before ended, looks beside it, then bisects. Layers and times of the
+other points come last.
 """
 
 from collections.abc import Iterable, Sequence
@@ -138,7 +139,7 @@ class Search:
           yield from self._of(point, length, kinds)
 
   def _to_try(self, sweep, length) -> str | None:
-    """The point whose answers are missing and wanted, by bisection."""
+    """The point whose answers are missing and wanted; None: all is known."""
     if "answers" not in sweep.measure:
       return None  # drawn at all its budgets, with the rest
     points = self._alive(sweep, length)

@@ -1,3 +1,6 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +34,22 @@ def test_recall_and_block_mass_match_float64():
   by_block = padded.reshape(2, 4, 3, 32, 7, 16).sum((3, 5))
   rows = np.asarray([32, 32, 6])[:, None]
   np.testing.assert_allclose(mass, by_block / rows, atol=1e-6)
+
+
+def test_recall_from_lse_is_recall():
+  q, k, v = helpers.make_qkv(batch=2, q_len=70, kv_len=100)
+  # The second row's last queries see no key.
+  where = dict(q_offset=jnp.asarray([30, 12]), kv_len=jnp.asarray([100, 82]))
+  mask = sparse_attention_test.random_mask(q, k, **where)
+  full = attention.BlockMask.full(mask.grid)
+  attend = jax.jit(
+    functools.partial(attention.sparse_attention, return_lse=True)
+  )
+  (_, lse), (_, dense_lse) = attend(q, k, v, mask), attend(q, k, v, full)
+  found = attention.metrics.recall_from_lse(lse, dense_lse)
+  expected = jax.jit(attention.metrics.recall)(q, k, mask)
+  np.testing.assert_allclose(found, expected, atol=3e-6)
+  assert expected.min() < 0.5  # the mask does drop something
 
 
 def test_output_error():

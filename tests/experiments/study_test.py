@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scanned layers, captured arrays and real masks, on a tiny model."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.attention_speed import captured_smoke
+from configs.capture_attention import smoke as capture_smoke
+from experiments import (
+  attention_speed_captured,
+  attention_speed_config,
+  capture_attention,
+  flags_and_configs,
+  frontier,
+  frontier_config,
+  long_context,
+  long_context_config,
+  long_context_run,
+)
+from unisparse_jax import attention, models, records
+
+BLOCKS = dict(block_q=64, block_kv=64)
+ALL = ("answers", "layers", "attention_time", "prefill")
+SWEEP = dict(
+  label="x", method="xattention", budget="top_p", values=(0.5, 1.0), **BLOCKS
+)
+SETTINGS = dict(
+  seed=0,
+  dtype="float32",
+  lengths=(512,),
+  reference_measure=("answers", "prefill"),
+  tasks=("niah_single_1",),
+  samples=1,
+  timed_layers=(1,),
+  implementation="xla",
+  repeats=1,
+  scan_layers=True,
+  compile_threads=2,
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp("study")
+
+
+def run_frontier(monkeypatch, folder, workdir, **changes):
+  config = dict(
+    model=str(folder),
+    sweeps=(SWEEP | {"measure": ALL},),
+    matched_share=0.99,
+    search=True,
+    **SETTINGS,
+  )
+  for name, value in (
+    ("_CONFIG", config | changes),
+    ("_WORKDIR", str(workdir)),
+  ):
+    holder = types.SimpleNamespace(value=value)
+    monkeypatch.setattr(frontier, name, holder)
+  frontier.main(["frontier"])
+
+
+def test_scanned_measurements_are_those_of_the_decoder(
+  monkeypatch, model_folder, in_process, workdir, capsys
+):
+  run_frontier(monkeypatch, model_folder, workdir / "scanned")
+  found = records.read(workdir / "scanned" / "records.jsonl")
+  assert {record["kind"] for record in found} == set(ALL)
+  assert "x 0.5" in capsys.readouterr().out
+  # A second call has nothing left to do, and loads no model.
+  monkeypatch.setattr(long_context.Run, "measurer", None)
+  run_frontier(monkeypatch, model_folder, workdir / "scanned")
+  assert records.read(workdir / "scanned" / "records.jsonl") == found
+
+  config = long_context_config.parse(
+    SETTINGS
+    | dict(
+      model=str(model_folder),
+      scan_layers=False,
+      patterns=(
+        dict(label="x 0.5", method="xattention", top_p=0.5, **BLOCKS),
+      ),
+    )
+  )
+  monkeypatch.undo()
+  measurer = long_context_run.Measurer(
+    config,
+    models.load_hf(model_folder, dtype=jnp.float32),
+    long_context.data.CodeCorpus(workdir / "scanned" / "corpus", "held_out"),
+    workdir,
+  )
+  compared = 0
+  for record in found:
+    if record["pattern"] == "x 0.5" and record["kind"] in ("answers", "layers"):
+      step = long_context_run.Step(
+        **{key: record[key] for key in ("kind", "pattern", "length", "item")}
+      )
+      expected = measurer.measure(step)
+      if record["kind"] == "answers":
+        assert record["texts"] == expected["texts"]
+        continue
+      compared += 1
+      for name, value in expected.items():
+        assert record[name] == pytest.approx(value, abs=2e-5), name
+      assert record["recall"] < 0.9
+  assert compared == 2  # layers
+
+
+def test_programs_compile_without_weights(
+  monkeypatch, model_folder, in_process, tmp_path, capsys
+):
+  shape = tmp_path / "shape"
+  shape.mkdir()
+  for name in ("config.json", "tokenizer.json"):
+    (shape / name).write_bytes((model_folder / name).read_bytes())
+  sweep = SWEEP | {"measure": ("layers",)}
+  run_frontier(
+    *(monkeypatch, shape, tmp_path / "compile"),
+    sweeps=(sweep,),
+    reference_measure=("prefill",),
+    compile_only=True,
+    search=False,
+  )
+  out = capsys.readouterr().out
+  # Dense: prefill, capture, attention. The pattern, for all layers and both
+  # budgets: selection, dense attention with its lse, quality.
+  assert "6 programs" in out
+
+
+def test_captured_layers_are_timed_with_their_masks(
+  monkeypatch, model_folder, in_process, tmp_path
+):
+  config = capture_smoke.get_config()
+  config.model = str(model_folder)
+  config.layers = (1,)
+  captured = flags_and_configs.to_dataclass(
+    capture_attention.CaptureConfig, config, name="config"
+  )
+  lines = list(capture_attention.capture(captured, str(tmp_path / "captured")))
+  assert len(lines) == 1
+  assert not list(
+    capture_attention.capture(captured, str(tmp_path / "captured"))
+  )
+  assert capture_attention.found_in(tmp_path / "captured") == [(512, 1)]
+  q, k, v = capture_attention.load(tmp_path / "captured", 512, 1)
+  assert (q.shape, k.shape) == ((1, 512, 4, 16), (1, 512, 2, 16))
+  with pytest.raises(ValueError, match=r"captured must hold"):
+    capture_attention.load(tmp_path / "captured", 512, 0)
+
+  speed = captured_smoke.get_config(str(tmp_path))
+  speed.captured_model = str(model_folder)
+  speed.matched = ""
+  found = list(
+    attention_speed_captured.measure_captured(
+      attention_speed_config.parse(speed)
+    )
+  )
+  assert [record.get("what") for record in found] == [
+    *(None, "with selection", "selection", "real mask", "random mask"),
+  ]
+  assert not any("error" in record for record in found)
+  mask = attention.UniSparse(**BLOCKS).select(q, k)
+  density = float(attention.metrics.density(mask).mean())
+  assert found[1]["density"] == pytest.approx(density)
+  other = attention_speed_captured.shuffled(mask, seed=0)
+  np.testing.assert_array_equal(other.num_kv_blocks, mask.num_kv_blocks)
+  listed = np.asarray(other.to_dense())
+  assert (listed & ~np.asarray(mask.grid.admissible())[:, None]).sum() == 0
+  assert listed.sum() == np.asarray(mask.num_kv_blocks).sum()
+  assert listed[:, :, np.arange(8), np.arange(8)].all()  # the diagonal
+
+
+def test_a_matched_line_becomes_its_pattern_again():
+  sweeps = frontier_config.Sweep(
+    label="v",
+    method="minference",
+    budget="heads",
+    values=((("vertical_slash", 50, 100),),),
+    settings=(("block_q", 64),),
+  )
+  line = {
+    "label": "v 50 100",
+    "method": sweeps.method,
+    "settings": dict(sweeps.settings),
+    "budget_field": "heads",
+    "budget": [["vertical_slash", 50, 100]],
+  }
+  (expected,) = sweeps.entries()
+  del expected["measure"]
+  assert attention_speed_captured.pattern_of(line) == expected
