@@ -49,6 +49,8 @@ def main(argv):
   path = workdir / "records.jsonl"
   writer = records.RecordWriter(path, config)
   console = rich.console.Console()
+  if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 150  # so that no line breaks
   measured = []
   for record in _measure(config):
     measured.append(writer.write(**record))

@@ -57,7 +57,7 @@ class Sweep:
     """{label of a point: its budget}, in order."""
     if not self.budget:
       return {self.label: None}
-    return {f"{self.label} {_short(value)}": value for value in self.values}
+    return {f"{self.label} {short(value)}": value for value in self.values}
 
   def entries(self) -> list[dict[str, Any]]:
     """One entry of `LongContextConfig.patterns` a point."""
@@ -167,7 +167,7 @@ def _sweep(values: Any, name: str) -> Sweep:
   return flags_and_configs.to_dataclass(Sweep, own, name=name)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
   """A budget as text: of heads the first one's sizes, of limits the first."""
   if isinstance(value, tuple):
     first = value[0]

@@ -20,7 +20,7 @@ _COST = (
 _COLUMNS = (
   ("relative_score", "of dense", "{:.1%}"),
   ("worst_task", "worst task", "{:.1%}"),
-  ("worst_task_name", "", "{}"),
+  ("worst_task_name", "which", "{}"),
   ("recall", "recall", "{:.4f}"),
   ("recall_p1", "p1", "{:.3f}"),
   ("cra", "worst", "{:.3f}"),
@@ -106,7 +106,8 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
   )
   table.add_column("tokens", justify="right")
   table.add_column("pattern", no_wrap=True)
-  for heading in ("budget", *(c[1] for c in _COLUMNS)):
+  used = [c for c in _COLUMNS if any(c[0] in line for line in lines)]
+  for heading in ("budget", *(c[1] for c in used)):
     table.add_column(heading, justify="right")
   length = None
   for line in lines:
@@ -119,7 +120,7 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
       _budget(line),
       *(
         form.format(line[name]) if name in line else "-"
-        for name, _, form in _COLUMNS
+        for name, _, form in used
       ),
     )
   return table
@@ -127,8 +128,8 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
 
 def _budget(line: dict) -> str:
   if "closest" in line:
-    return f"none ({line['closest']})"
-  return str(line.get("budget", "none"))
+    return f"none ({frontier_config.short(line['closest'])})"
+  return frontier_config.short(line.get("budget", "none"))
 
 
 def _frontier(here, sweeps, qualities, costs) -> bytes:

@@ -22,7 +22,7 @@ _OURS = dict(  # as configs/calibrate_answers/study.py
   block_q=128,
   block_kv=64,
 )
-_SHARES = (0.8, 0.9, 0.95, 0.98, 0.995)
+_SHARES = (0.8, 0.9, 0.95, 0.98, 0.995, 0.999)
 
 
 def _sweep(label, method, budget, values, **settings):
@@ -32,8 +32,8 @@ def _sweep(label, method, budget, values, **settings):
 
 def _sweeps(root):
   file = f"{root}/calibration.json"
-  factors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
-  limits = ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0), (1.0, 1.0), (0.5, 0.5))
+  factors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1)
+  limits = tuple((x, x) for x in (8.0, 4.0, 2.0, 1.0, 0.5, 0.25))
   sizes = ((500, 700), (1000, 6096))
   vertical_slash = [(("vertical_slash", *size),) for size in sizes]
   by_limit = ("unisparse_threshold", "min_score", limits)

@@ -146,7 +146,7 @@ def test_captured_layers_are_timed_with_their_masks(
     capture_attention.capture(captured, str(tmp_path / "captured"))
   )
   assert capture_attention.found_in(tmp_path / "captured") == [(512, 1)]
-  q, k, v = capture_attention.load(tmp_path / "captured", 512, 1)
+  q, k, _ = capture_attention.load(tmp_path / "captured", 512, 1)
   assert (q.shape, k.shape) == ((1, 512, 4, 16), (1, 512, 2, 16))
   with pytest.raises(ValueError, match=r"captured must hold"):
     capture_attention.load(tmp_path / "captured", 512, 0)
