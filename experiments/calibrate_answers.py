@@ -101,7 +101,6 @@ def one_by_one(config, losses, everything, console):
   """
   num_layers, num_heads = everything.scorer.shape
   shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
-  start, num_left = time.monotonic(), 0
   density, growth = np.full(shape, np.inf), np.zeros(shape)
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
@@ -110,6 +109,7 @@ def one_by_one(config, losses, everything, console):
   ) as progress:
     bar = progress.add_task("one head", total=int(np.prod(shape)))
     base = {n: losses(n, everything)["loss"] for n in config.lengths}
+    start, num_left = time.monotonic(), 0  # prompts are made, all is compiled
     for where in np.ndindex(*shape[:3]):
       if (
         config.max_seconds is not None

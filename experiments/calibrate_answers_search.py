@@ -40,8 +40,8 @@ class CalibrateAnswersConfig:
     implementation: back end of sparse attention; None: the platform's.
     dtype: of weights and activations.
     seed: of the prompts; not that of `experiments.long_context`.
-    max_seconds: after this many no further head is tried alone; those left keep
-      the fullest limit. None: all are tried.
+    max_seconds: after this many, from the first loss on, no further head is
+      tried alone; those left keep the fullest limit. None: all are tried.
   """
 
   model: str

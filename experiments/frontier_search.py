@@ -132,8 +132,16 @@ class Search:
           # Where no budget keeps the score, the fullest stands for it.
           point = self.matched(sweep, length) or points[-1]
           yield from self._of(point, length, sweep.measure)
-    for length in self._config.lengths:
+    yield from self._rest(self._config.lengths, with_answers=True)
+    # Such as the oracle, whose selection costs more than dense attention.
+    yield from self._rest(sorted(self._config.lengths), with_answers=False)
+
+  def _rest(self, lengths, *, with_answers) -> Iterable[Step]:
+    """Layers and times of all points."""
+    for length in lengths:
       for sweep in self._sweeps:
+        if ("answers" in sweep.measure) != with_answers:
+          continue
         kinds = [m for m in sweep.measure if m not in ("answers", "prefill")]
         for point in self._alive(sweep, length):
           yield from self._of(point, length, kinds)

@@ -9,6 +9,8 @@ import pytest
 
 from configs.attention_speed import captured_smoke
 from configs.capture_attention import smoke as capture_smoke
+from configs.frontier import study
+from configs.train_decoder import study as study_model
 from experiments import (
   attention_speed_captured,
   attention_speed_config,
@@ -18,8 +20,11 @@ from experiments import (
   frontier_config,
   long_context,
   long_context_config,
+  long_context_programs,
   long_context_run,
 )
+from pallas_kernels import device
+from tests.pallas_kernels.block_sparse_attention import mosaic_gpu_test
 from unisparse_jax import attention, models, records
 
 BLOCKS = dict(block_q=64, block_kv=64)
@@ -81,9 +86,7 @@ def test_scanned_measurements_are_those_of_the_decoder(
     | dict(
       model=str(model_folder),
       scan_layers=False,
-      patterns=(
-        dict(label="x 0.5", method="xattention", top_p=0.5, **BLOCKS),
-      ),
+      patterns=(dict(label="x 0.5", method="xattention", top_p=0.5, **BLOCKS),),
     )
   )
   monkeypatch.undo()
@@ -129,6 +132,35 @@ def test_programs_compile_without_weights(
   # Dense: prefill, capture, attention. The pattern, for all layers and both
   # budgets: selection, dense attention with its lse, quality.
   assert "6 programs" in out
+
+
+class LoweredForCuda(long_context_programs.Programs):
+  """Texts in place of programs."""
+
+  def build(self, traced):
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@mosaic_gpu_test.needs_pallas
+def test_study_programs_lower_for_cuda_with_one_kernel_for_all_layers(
+  monkeypatch, tmp_path
+):
+  monkeypatch.setattr(device, "nvidia_compute_capability", lambda: (9, 0))
+  config = study.get_config(str(tmp_path))
+  config.dense_implementation = "tiled"  # cuDNN lowers on a card only
+  programs = LoweredForCuda(
+    frontier_config.parse(config).run,
+    models.DecoderConfig(**study_model.get_config().model.to_dict()),
+    (0,),
+  )
+  length = 131_072
+  text = programs.prefill("unisparse 0.9", length)
+  assert text.count("custom_call @mosaic_gpu") == 1
+  assert programs.prefill("unisparse 0.95", length) is text
+  assert "131072x2x128xbf16" in text  # the cache, with room for an answer
+  text = programs.quality("sample v1 0.9", 0, length)
+  assert "custom_call @mosaic_gpu" in text
+  assert not programs.errors()
 
 
 def test_captured_layers_are_timed_with_their_masks(

@@ -5,9 +5,11 @@ compiled apart. A study of many attentions at many lengths spends its time
 there. Here the layers are one `lax.scan`: their weights are stacked, and what
 differs between their attentions is an array (`attention.LayerBudgets`).
 
-Compilation, 8 layers of the study model, 8,192 tokens, 2 CPU cores: see
-`tests/unisparse_jax/models/scanned_test.py` for what is compared, and
-`experiments/long_context_scanned.py` for times.
+The study model's prefill of 131,072 tokens with 8 layers of UniSparse, on one
+CPU core: lowering for CUDA 0.5 s where the unrolled one takes 2.2 s, and 0.33 MB
+of program in place of 2.5 MB, hence one copy of each kernel to compile in place
+of 8. At 8,192 tokens for the CPU: 0.4 s to trace and lower and 3.9 s to compile,
+unrolled 1.8 and 8.5 s (JAX 0.11.2).
 """
 
 import dataclasses
