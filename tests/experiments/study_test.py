@@ -3,6 +3,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,15 +29,15 @@ from tests.pallas_kernels.block_sparse_attention import mosaic_gpu_test
 from unisparse_jax import attention, models, records
 
 BLOCKS = dict(block_q=64, block_kv=64)
-ALL = ("answers", "layers", "attention_time", "prefill")
+ALL = ("answers", "layers", "attention_time")  # the last of dense alone
 SWEEP = dict(
-  label="x", method="xattention", budget="top_p", values=(0.5, 1.0), **BLOCKS
+  label="x", method="xattention", budget="top_p", values=(0.5,), **BLOCKS
 )
 SETTINGS = dict(
   seed=0,
   dtype="float32",
   lengths=(512,),
-  reference_measure=("answers", "prefill"),
+  reference_measure=("answers",),
   tasks=("niah_single_1",),
   samples=1,
   timed_layers=(1,),
@@ -55,7 +56,7 @@ def workdir(tmp_path_factory):
 def run_frontier(monkeypatch, folder, workdir, **changes):
   config = dict(
     model=str(folder),
-    sweeps=(SWEEP | {"measure": ALL},),
+    sweeps=(SWEEP | {"measure": ALL[:2]},),
     matched_share=0.99,
     search=True,
     **SETTINGS,
@@ -66,6 +67,8 @@ def run_frontier(monkeypatch, folder, workdir, **changes):
   ):
     holder = types.SimpleNamespace(value=value)
     monkeypatch.setattr(frontier, name, holder)
+  # What is drawn has a test of its own.
+  monkeypatch.setattr(frontier.html_report, "write", lambda *args: "no report")
   frontier.main(["frontier"])
 
 
@@ -98,16 +101,12 @@ def test_scanned_measurements_are_those_of_the_decoder(
   )
   compared = 0
   for record in found:
-    if record["pattern"] == "x 0.5" and record["kind"] in ("answers", "layers"):
+    if record["kind"] == "layers":
       step = long_context_run.Step(
         **{key: record[key] for key in ("kind", "pattern", "length", "item")}
       )
-      expected = measurer.measure(step)
-      if record["kind"] == "answers":
-        assert record["texts"] == expected["texts"]
-        continue
       compared += 1
-      for name, value in expected.items():
+      for name, value in measurer.measure(step).items():
         assert record[name] == pytest.approx(value, abs=2e-5), name
       assert record["recall"] < 0.9
   assert compared == 2  # layers
@@ -129,8 +128,8 @@ def test_programs_compile_without_weights(
     search=False,
   )
   out = capsys.readouterr().out
-  # Dense: prefill, capture, attention. The pattern, for all layers and both
-  # budgets: selection, dense attention with its lse, quality.
+  # Dense: prefill, capture, attention. The pattern, for all layers: selection,
+  # dense attention with its lse, quality.
   assert "6 programs" in out
 
 
@@ -195,7 +194,7 @@ def test_captured_layers_are_timed_with_their_masks(
     *(None, "with selection", "selection", "real mask", "random mask"),
   ]
   assert not any("error" in record for record in found)
-  mask = attention.UniSparse(**BLOCKS).select(q, k)
+  mask = jax.jit(attention.UniSparse(**BLOCKS).select)(q, k)
   density = float(attention.metrics.density(mask).mean())
   assert found[1]["density"] == pytest.approx(density)
   other = attention_speed_captured.shuffled(mask, seed=0)

@@ -11,18 +11,12 @@ BLOCKS = dict(block_q=16, block_kv=16)
 WINDOWS = dict(window_q=8, window_kv=8, **BLOCKS)
 BY_HEAD = (0.5, 0.9, 0.3, 0.8)
 PATTERNS = (
-  attention.make_pattern("unisparse", top_p=1.0, **BLOCKS),
   attention.make_pattern(
     "unisparse_threshold", min_score=(2.0, 0.7), head_group=2, **WINDOWS
   ),
   attention.make_pattern("xattention", top_p=BY_HEAD, **BLOCKS),
   attention.make_pattern("oracle", top_p=1.0, **BLOCKS),
-  attention.make_pattern(
-    "flexprefill", top_p=BY_HEAD, min_budget=16, **BLOCKS
-  ),
-  attention.make_pattern(
-    "sample_attention", top_p=0.6, sample_rows=8, **BLOCKS
-  ),
+  attention.make_pattern("flexprefill", top_p=BY_HEAD, min_budget=16, **BLOCKS),
   attention.make_pattern("sample_attention_v1", top_p=BY_HEAD, **BLOCKS),
   attention.make_pattern("random_blocks", density=0.4, **BLOCKS),
 )
@@ -78,9 +72,7 @@ def test_templates_are_shared_across_budgets_and_layers():
   second, _ = attention.budgeted(layered(5.0, 6.0), **size)
   assert first == second
   assert len(first.templates) == 1
-  np.testing.assert_array_equal(
-    first_budgets.budget, [[1.0, 1.0], [2.0, 3.0]]
-  )
+  np.testing.assert_array_equal(first_budgets.budget, [[1.0, 1.0], [2.0, 3.0]])
 
 
 @pytest.mark.parametrize(
