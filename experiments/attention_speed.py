@@ -5,8 +5,9 @@ For each size and density: our kernel; once for each size: the dense peers
 (cuDNN through JAX, JAX's own Mosaic GPU kernel, tokamax, PyTorch's
 FlashAttention-2 and cuDNN) and, at each density, PyTorch's FlexAttention with
 the same block mask. TFLOP/s count the products of the kept blocks; the causal
-half of all pairs for dense peers. Writes WORKDIR/records.jsonl, a line a
-measurement, and WORKDIR/speed.png.
+half of all pairs for dense peers. With `captured`, also on what a model's
+layers saw in a real prompt, with the masks that patterns make of it. Writes
+WORKDIR/records.jsonl, a line a measurement, and WORKDIR/speed.png.
 """
 
 import json
@@ -27,12 +28,15 @@ import rich.console
 import rich.table
 from absl import app
 
+from experiments import attention_speed_captured, flags_and_configs
 from experiments import attention_speed_config as speed_config
 from experiments import attention_speed_run as speed_run
-from experiments import flags_and_configs
 from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
+_NAMES = (
+  *("length", "head_dim", "direction", "layer", "method", "what", "density"),
+)
 _ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -45,6 +49,8 @@ def main(argv):
   path = workdir / "records.jsonl"
   writer = records.RecordWriter(path, config)
   console = rich.console.Console()
+  if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 150  # so that no line breaks
   measured = []
   for record in _measure(config):
     measured.append(writer.write(**record))
@@ -61,6 +67,8 @@ def _measure(config: speed_config.Config) -> Iterator[dict[str, Any]]:
     yield from _measure_torch(config)
   for case in config.cases:
     yield from speed_run.measure_case(config, case)
+  if config.captured:
+    yield from attention_speed_captured.measure_captured(config)
 
 
 def _measure_torch(config: speed_config.Config) -> Iterator[dict[str, Any]]:
@@ -132,15 +140,12 @@ def _size(record):
     record.get("length"),
     record.get("head_dim"),
     record.get("direction", "forward"),
+    record.get("layer", -1),  # of captured arrays
   )
 
 
 def _line(record):
-  name = " ".join(
-    str(record[key])
-    for key in ("length", "head_dim", "direction", "method", "density")
-    if key in record
-  )
+  name = " ".join(str(record[key]) for key in _NAMES if key in record)
   if "error" in record:
     return f"{name}: {record['error']}"
   rate = f", {record['tflops']:.0f} TFLOP/s" if "tflops" in record else ""
@@ -149,14 +154,14 @@ def _line(record):
 
 def _table(rows):
   table = rich.table.Table(title="Attention, one layer")
-  columns = ("length", "head_dim", "direction", "method", "density")
+  columns = [c for c in _NAMES if any(c in row for row in rows)]
   for column in (*columns, "ms", "TFLOP/s", "times best dense", "rate ratio"):
     table.add_column(column, justify="right")
   for row in rows:
     if "median_ms" not in row:
       continue
     table.add_row(
-      *(str(row.get(column, "")) for column in columns),
+      *(_cell(row.get(column, "")) for column in columns),
       f"{row['median_ms']:.3f}",
       f"{row['tflops']:.0f}" if "tflops" in row else "",
       f"{row['speed_up']:.2f}" if "speed_up" in row else "",
@@ -165,9 +170,13 @@ def _table(rows):
   return table
 
 
+def _cell(value):
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _figure(rows):
   """TFLOP/s on the kept blocks against density, a panel a size."""
-  timed = [row for row in rows if "tflops" in row]
+  timed = [row for row in rows if "tflops" in row and "layer" not in row]
   sizes = sorted({_size(row) for row in timed})
   figure = matplotlib.figure.Figure(
     figsize=(4.2 * max(len(sizes), 1), 3.6), layout="constrained"

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import flags_and_configs
 from pallas_kernels import checks
+from unisparse_jax.attention import dense
 
 JAX_PEERS = ("cudnn", "attention_mgpu", "tokamax", "xla_dense")
 TORCH_PEERS = ("torch_flash2", "torch_cudnn", "torch_flex")
@@ -66,6 +67,13 @@ class Config:
     selectors: settings of `make_pattern`, with its name under "method".
     attended: likewise one pattern with a `top_p` and `block_scores`.
     torch_timeout_s: of the process that runs the PyTorch peers.
+    captured: folder of `experiments.capture_attention`; "": none. What it holds
+      is timed with `captured_patterns`, after the cases.
+    captured_patterns: as `LongContextConfig.patterns`.
+    captured_model: whose attention that is.
+    captured_dense: the dense peer, an implementation of `DenseAttention`.
+    matched: matched.json of `experiments.frontier`, whose patterns are timed at
+      the budgets that kept the score; "": none.
   """
 
   cases: tuple[Case, ...]
@@ -83,6 +91,11 @@ class Config:
     default_factory=lambda: {"method": "unisparse"}
   )
   torch_timeout_s: int = 240
+  captured: str = ""
+  captured_patterns: tuple = ()
+  captured_model: str = "pylib_12m"
+  captured_dense: str = "cudnn"
+  matched: str = ""
 
   def __post_init__(self):
     for name in ("num_heads", "num_kv_heads", "num_mask_heads", "block"):
@@ -94,6 +107,9 @@ class Config:
       "num_mask_heads", self.num_mask_heads, "num_heads", self.num_heads
     )
     checks.check_positive_int("repeats", self.repeats)
+    checks.check_choice(
+      "captured_dense", self.captured_dense, dense.IMPLEMENTATIONS
+    )
     for case in self.cases:
       checks.check_divides("block", self.block, "length", case.length)
 

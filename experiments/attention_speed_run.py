@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import statistics
 import time
@@ -17,6 +16,7 @@ import numpy as np
 
 import pallas_kernels
 from experiments import attention_speed_config as speed_config
+from experiments import attention_speed_peers as peers
 from pallas_kernels.block_sparse_attention import columns as columns_op
 from unisparse_jax import attention
 
@@ -165,7 +165,7 @@ def measure_case(
         "method": peer,
         "density": 1.0,
         "direction": direction,
-        **_time(config, _PEERS[peer], arrays, direction, pairs),
+        **_time(config, peers.PEERS[peer], arrays, direction, pairs),
       }
   if case.selection:
     for settings in config.selectors:
@@ -195,7 +195,7 @@ def _measure_attended(config, size, density, q, k, v):
   try:
     pattern, found = at_density(_make(config.attended), q, k, density)
   except Exception as error:
-    yield {**size, "method": method, "density": density, **_failure(error)}
+    yield {**size, "method": method, "density": density, **failure(error)}
     return
   sparse = attention.SparseAttention(
     pattern=pattern, implementation=config.implementation
@@ -314,7 +314,7 @@ def _time(config, fn, arrays, direction, pairs, masks=()):
     else:
       record = _time_call(config, fn, (q, k, v, *masks))
   except Exception as error:  # a peer's refusal is a result
-    return _failure(error)
+    return failure(error)
   if "error" not in record:
     work = flops(pairs, q.shape[-1], backward=direction == "backward")
     record["tflops"] = work / float(record["median_ms"]) / 1e9
@@ -337,10 +337,11 @@ def _time_call(config, fn, args):
       record["temporary_bytes"] = int(memory.temp_size_in_bytes)
     return record
   except Exception as error:
-    return _failure(error)
+    return failure(error)
 
 
-def _failure(error):
+def failure(error: BaseException) -> dict[str, str]:
+  """What a record has in place of a time."""
   return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
@@ -355,42 +356,3 @@ def _ours(config, q, k, v, lists, counts):
     block_kv=config.block,
     implementation=config.implementation,
   )[0]
-
-
-def _cudnn(q, k, v):
-  return jax.nn.dot_product_attention(
-    q, k, v, is_causal=True, implementation="cudnn"
-  )
-
-
-def _xla_dense(q, k, v):
-  return jax.nn.dot_product_attention(
-    q, k, v, is_causal=True, implementation="xla"
-  )
-
-
-def _attention_mgpu(q, k, v):
-  from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-  # The block sizes of its own benchmark; it takes no scale.
-  tuning = attention_mgpu.TuningConfig(
-    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
-  )
-  scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-  return attention_mgpu.attention(q * scale, k, v, tuning)
-
-
-def _tokamax(q, k, v):
-  if importlib.util.find_spec("tokamax") is None:
-    raise NotImplementedError("tokamax is not installed")
-  import tokamax  # pyright: ignore[reportMissingImports]
-
-  return tokamax.dot_product_attention(q, k, v, is_causal=True)
-
-
-_PEERS = {
-  "cudnn": _cudnn,
-  "attention_mgpu": _attention_mgpu,
-  "tokamax": _tokamax,
-  "xla_dense": _xla_dense,
-}

@@ -38,7 +38,7 @@ def main(argv):
   config = calibrate_answers_search.parse(_CONFIG.value)
   folder = long_context_config.model_folder(config.model)
   identity = long_context_config.identity(config, folder)
-  run = runs.begin(_WORKDIR.value, identity)
+  run = runs.begin(_WORKDIR.value, identity, free=["max_seconds"])
   console = long_context.make_console()
   corpus = long_context_run.held_out_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.dtype(config.dtype))
@@ -88,7 +88,8 @@ def one_by_one(config, losses, everything, console):
   Returns:
     float [num_layers, num_mask_heads, scorers, limits] twice: the mean density
     over the lengths, inf where a sparser mask did as well; the largest growth
-    of the loss over the lengths, in nats.
+    of the loss over the lengths, in nats. Heads that `max_seconds` did not
+    reach: 1 and 0 at the fullest limit.
   """
   num_layers, num_heads = everything.scorer.shape
   shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
@@ -100,7 +101,16 @@ def one_by_one(config, losses, everything, console):
   ) as progress:
     bar = progress.add_task("one head", total=int(np.prod(shape)))
     base = {n: losses(n, everything)["loss"] for n in config.lengths}
+    start, num_left = time.monotonic(), 0  # prompts are made, all is compiled
     for where in np.ndindex(*shape[:3]):
+      if (
+        config.max_seconds is not None
+        and time.monotonic() - start > config.max_seconds
+      ):
+        # As if it kept everything and lost nothing.
+        density[*where, 0] = 1.0
+        num_left += 1
+        continue
       for index in reversed(range(shape[3])):  # from sparse to full
         one = everything.but(*where, config.min_scores[index])
         measured = {n: losses(n, one) for n in config.lengths}
@@ -114,6 +124,8 @@ def one_by_one(config, losses, everything, console):
         if growth[*where, index] <= config.negligible:
           break
       progress.advance(bar, shape[3])
+  if num_left:
+    console.print(f"time is up: {num_left} heads keep the fullest limit")
   return density, growth
 
 

@@ -40,6 +40,8 @@ class CalibrateAnswersConfig:
     implementation: back end of sparse attention; None: the platform's.
     dtype: of weights and activations.
     seed: of the prompts; not that of `experiments.long_context`.
+    max_seconds: after this many, from the first loss on, no further head is
+      tried alone; those left keep the fullest limit. None: all are tried.
   """
 
   model: str
@@ -56,6 +58,7 @@ class CalibrateAnswersConfig:
   implementation: str | None = None
   dtype: str = "float32"
   seed: int = 1
+  max_seconds: float | None = None
 
   def __post_init__(self):
     for name in ("samples", "batch_size"):

@@ -5,12 +5,16 @@ Each sweep of the config is one pattern at several budgets. Measures all of them
 as `experiments.long_context` does, then draws task score, recall and KL against
 density and against attention time with selection, and lists each pattern's
 fastest budget that keeps the dense score. Writes WORKDIR/records.jsonl,
-WORKDIR/matched.json and WORKDIR/report.html.
+WORKDIR/matched.json and WORKDIR/report.html. With `search` the answers of few
+budgets are asked for, see `experiments.frontier_search`; with `compile_only`
+the programs are compiled into the cache and nothing is measured, for which the
+model's folder needs no weights.
 
 The same command goes on where an earlier one stopped.
 """
 
 import functools
+import time
 
 from absl import app
 
@@ -18,11 +22,14 @@ from experiments import (
   flags_and_configs,
   frontier_config,
   frontier_figures,
+  frontier_search,
   html_report,
   long_context,
+  long_context_config,
+  long_context_scanned,
   long_context_summary,
 )
-from unisparse_jax import records
+from unisparse_jax import data, models, records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -30,9 +37,18 @@ _CONFIG, _WORKDIR = flags_and_configs.define()
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  config, sweeps, share = frontier_config.parse(_CONFIG.value)
+  frontier = frontier_config.parse(_CONFIG.value)
+  config, sweeps, share = frontier.run, frontier.sweeps, frontier.share
   console = long_context.make_console()
-  found, workdir = long_context.measure_all(config, _WORKDIR.value, console)
+  if frontier.compile_only:
+    compile_programs(config, _WORKDIR.value, console)
+    return
+  if frontier.search:
+    found, workdir = frontier_search.measure(
+      config, sweeps, share, _WORKDIR.value, console
+    )
+  else:
+    found, workdir = long_context.measure_all(config, _WORKDIR.value, console)
   rows = long_context_summary.summarise(found)
   matched = frontier_figures.matched(rows, sweeps, share)
   records.write_json(workdir / "matched.json", matched)
@@ -43,6 +59,23 @@ def main(argv):
     functools.partial(frontier_figures.all_figures, sweeps=sweeps),
   )
   console.print(f"Report: {report}", soft_wrap=True)
+
+
+def compile_programs(config, workdir, console):
+  """Compiles what a run may need; another process may train meanwhile."""
+  folder = long_context_config.model_folder(config.model)
+  flags_and_configs.start_jax(workdir)
+  tokenizer = data.Tokenizer.load(folder / "tokenizer.json")
+  start = time.perf_counter()
+  programs = long_context_scanned.compile_only(
+    config, models.load_hf_config(folder), (tokenizer.newline_id,)
+  )
+  for key, error in programs.errors().items():
+    console.print(f"{key[0]}: {error}", markup=False, soft_wrap=True)
+  console.print(
+    f"{programs.wait()} programs in {time.perf_counter() - start:.0f} s, "
+    f"{programs.compile_s:.0f} s of all threads"
+  )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 """Settings of the frontier: sweeps, which become patterns of one long run."""
 
 import dataclasses
+import logging
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from experiments import flags_and_configs, long_context_config
 from pallas_kernels import checks
 
+_LOG = logging.getLogger(__name__)
 _OWN = ("sweeps", "matched_share")
+_SWITCHES = ("search", "compile_only")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Sweep:
     values: of that field.
     settings: the pattern's other fields, as (name, value).
     measure: see `long_context_config.PatternEntry`.
+    optional: leave it out where its calibration's file is missing.
   """
 
   label: str
@@ -30,6 +35,7 @@ class Sweep:
   values: tuple = ()
   settings: tuple = ()
   measure: tuple[str, ...] = long_context_config.MEASURES
+  optional: bool = False
 
   def __post_init__(self):
     checks.require(self.label != "", "label", "not be empty", self.label)
@@ -41,11 +47,17 @@ class Sweep:
     )
 
   @property
+  def is_missing(self) -> bool:
+    """Whether it asks for a calibration that is not there."""
+    file = dict(self.settings).get("file")
+    return file is not None and not pathlib.Path(file).is_file()
+
+  @property
   def points(self) -> dict[str, Any]:
     """{label of a point: its budget}, in order."""
     if not self.budget:
       return {self.label: None}
-    return {f"{self.label} {_short(value)}": value for value in self.values}
+    return {f"{self.label} {short(value)}": value for value in self.values}
 
   def entries(self) -> list[dict[str, Any]]:
     """One entry of `LongContextConfig.patterns` a point."""
@@ -57,18 +69,64 @@ class Sweep:
     ]
 
 
-def parse(
-  config: Any,
-) -> tuple[long_context_config.LongContextConfig, tuple[Sweep, ...], float]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontierConfig:
+  """What `parse` returns.
+
+  Attributes:
+    run: settings of the measurements; a pattern is a point of a sweep.
+    sweeps: the patterns at their budgets.
+    share: of the dense score that counts as matched.
+    search: measure by `frontier_search`; values rise from sparse to full then.
+    compile_only: compile and measure nothing; with scan_layers only.
+  """
+
+  run: long_context_config.LongContextConfig
+  sweeps: tuple[Sweep, ...]
+  share: float
+  search: bool = False
+  compile_only: bool = False
+
+  def __post_init__(self):
+    checks.check_fraction("config.matched_share", self.share)
+    for name in _SWITCHES:
+      value = getattr(self, name)
+      checks.require(
+        isinstance(value, bool), f"config.{name}", "be a bool", value
+      )
+    checks.require(
+      self.run.scan_layers or not self.compile_only,
+      "config.compile_only",
+      "be False without scan_layers",
+      self.compile_only,
+    )
+
+    checks.require(
+      not self.search or len(self.run.tasks) > 0,
+      "config.tasks",
+      "not be empty with search",
+      self.run.tasks,
+    )
+
+  def point(self, label: str) -> tuple[Sweep, Any]:
+    """The sweep and the budget of a pattern's label."""
+    for sweep in self.sweeps:
+      if label in sweep.points:
+        return sweep, sweep.points[label]
+    raise KeyError(label)
+
+
+def parse(config: Any) -> FrontierConfig:
   """Builds the settings of the run and its sweeps.
 
   Args:
     config: fields of `LongContextConfig` but `patterns`; "sweeps", mappings
-      with the fields of `Sweep`, other keys being settings of the pattern; and
-      "matched_share", the share of the dense score that counts as matched.
+      with the fields of `Sweep`, other keys being settings of the pattern;
+      "matched_share", the share of the dense score that counts as matched; and
+      maybe "search" and "compile_only", see `FrontierConfig`.
 
   Returns:
-    The run's settings, the sweeps, the share.
+    All of them.
 
   Raises:
     ValueError: an unknown key or a bad value.
@@ -78,14 +136,23 @@ def parse(
     if name not in values:
       raise ValueError(f"config must have {name}; got {sorted(values)}.")
   share = values.pop("matched_share")
-  checks.check_fraction("config.matched_share", share)
+  switches = {name: values.pop(name) for name in _SWITCHES if name in values}
   sweeps = tuple(
     _sweep(sweep, f"config.sweeps[{i}]")
     for i, sweep in enumerate(values.pop("sweeps"))
   )
+  for sweep in sweeps:
+    if sweep.optional and sweep.is_missing:
+      _LOG.warning("%s is left out: its calibration is missing", sweep.label)
+  sweeps = tuple(s for s in sweeps if not (s.optional and s.is_missing))
   checks.require(len(sweeps) > 0, "config.sweeps", "not be empty", sweeps)
   values["patterns"] = tuple(e for sweep in sweeps for e in sweep.entries())
-  return long_context_config.parse(values), sweeps, share
+  return FrontierConfig(
+    run=long_context_config.parse(values),
+    sweeps=sweeps,
+    share=share,
+    **switches,
+  )
 
 
 def _sweep(values: Any, name: str) -> Sweep:
@@ -100,8 +167,11 @@ def _sweep(values: Any, name: str) -> Sweep:
   return flags_and_configs.to_dataclass(Sweep, own, name=name)
 
 
-def _short(value: Any) -> str:
-  """A budget as text; of heads, the first one's sizes."""
+def short(value: Any) -> str:
+  """A budget as text: of heads the first one's sizes, of limits the first."""
   if isinstance(value, tuple):
-    return " ".join(str(x) for x in value[0][1:])
+    first = value[0]
+    return " ".join(
+      map(str, first[1:] if isinstance(first, tuple) else [first])
+    )
   return str(value)

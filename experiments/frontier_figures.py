@@ -19,10 +19,15 @@ _COST = (
 )
 _COLUMNS = (
   ("relative_score", "of dense", "{:.1%}"),
-  ("nominal_density", "density", "{:.3f}"),
+  ("worst_task", "worst task", "{:.1%}"),
+  ("worst_task_name", "which", "{}"),
   ("recall", "recall", "{:.4f}"),
+  ("recall_p1", "p1", "{:.3f}"),
+  ("cra", "worst", "{:.3f}"),
+  ("density", "blocks", "{:.3f}"),
+  ("nominal_density", "density", "{:.3f}"),
   ("kl", "KL", "{:.4f}"),
-  ("select_share", "selection", "{:.0%}"),
+  ("select_share", "selection", "{:.1%}"),
   ("faster_than_dense", "attention vs dense", "{:.2f}x"),
   ("prefill_faster", "first token vs dense", "{:.2f}x"),
 )
@@ -56,26 +61,40 @@ def matched(
   """Each sweep's fastest point that keeps a share of the dense task score.
 
   Where attention was not timed, the sparsest. A sweep of which no point keeps
-  that share has a row without a budget.
+  that share has a row without a budget: that of the point with the best score,
+  whose budget is its "closest".
   """
   result = []
   for length in sorted({row["length"] for row in rows}):
     here = {row["pattern"]: row for row in rows if row["length"] == length}
     for sweep in sweeps:
-      points = [
+      line: dict[str, Any] = {"length": length, "pattern": sweep.label}
+      line |= {"method": sweep.method, "settings": dict(sweep.settings)}
+      line["budget_field"] = sweep.budget
+      scored = [
         (here[label], budget)
         for label, budget in sweep.points.items()
-        if here.get(label, {}).get("relative_score", 0.0) >= share
+        if "relative_score" in here.get(label, {})
       ]
-      line: dict[str, Any] = {"length": length, "pattern": sweep.label}
-      if points:
-        cost = "total_ms" if all("total_ms" in p for p, _ in points) else None
-        cost = cost or "nominal_density"
-        best, budget = min(points, key=lambda p: p[0].get(cost, float("inf")))
-        line |= {name: best[name] for name, *_ in _COLUMNS if name in best}
-        line["budget"] = budget if sweep.budget else "-"
-        if best.get("total_ms"):
-          line["select_share"] = best["select_ms"] / best["total_ms"]
+      kept = [p for p in scored if p[0]["relative_score"] >= share]
+      # A search times one of them alone.
+      timed = [p for p in kept if "total_ms" in p[0]]
+      best, name = None, "budget"
+      if timed or kept:
+        cost = "total_ms" if timed else "nominal_density"
+        best = min(timed or kept, key=lambda p: p[0].get(cost, float("inf")))
+      elif scored:
+        top = max(p[0]["relative_score"] for p in scored)
+        level = [p for p in scored if p[0]["relative_score"] == top]
+        best = next((p for p in level if "total_ms" in p[0]), level[0])
+        name = "closest"
+      if best is not None:
+        found, budget = best
+        line |= {key: found[key] for key, *_ in _COLUMNS if key in found}
+        line[name] = budget if sweep.budget else "-"
+        line["label"] = found["pattern"]
+        if found.get("total_ms"):
+          line["select_share"] = found["select_ms"] / found["total_ms"]
       result.append(line)
   return result
 
@@ -87,7 +106,8 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
   )
   table.add_column("tokens", justify="right")
   table.add_column("pattern", no_wrap=True)
-  for heading in ("budget", *(c[1] for c in _COLUMNS)):
+  used = [c for c in _COLUMNS if any(c[0] in line for line in lines)]
+  for heading in ("budget", *(c[1] for c in used)):
     table.add_column(heading, justify="right")
   length = None
   for line in lines:
@@ -97,13 +117,19 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
     table.add_row(
       f"{length:,}",
       line["pattern"],
-      str(line.get("budget", "none")),
+      _budget(line),
       *(
         form.format(line[name]) if name in line else "-"
-        for name, _, form in _COLUMNS
+        for name, _, form in used
       ),
     )
   return table
+
+
+def _budget(line: dict) -> str:
+  if "closest" in line:
+    return f"none ({frontier_config.short(line['closest'])})"
+  return frontier_config.short(line.get("budget", "none"))
 
 
 def _frontier(here, sweeps, qualities, costs) -> bytes:

@@ -9,6 +9,7 @@ WORKDIR/records.jsonl, a line a measurement, and WORKDIR/report.html.
 The same command goes on where an earlier one stopped.
 """
 
+import functools
 import os
 import pathlib
 import time
@@ -23,10 +24,11 @@ from experiments import (
   html_report,
   long_context_config,
   long_context_run,
+  long_context_scanned,
   long_context_summary,
   runs,
 )
-from unisparse_jax import models, records
+from unisparse_jax import models
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -39,6 +41,63 @@ def main(argv):
   found, workdir = measure_all(config, _WORKDIR.value, console)
   report = finish(found, workdir, console)
   console.print(f"Report: {report}", soft_wrap=True)
+
+
+class MeasuredRun:
+  """A workdir with the records of a run, and what takes those it lacks.
+
+  Args:
+    config: the settings.
+    workdir: folder of the run.
+
+  Raises:
+    ValueError: the settings do not fit the model, or the folder is not this
+      run's.
+  """
+
+  def __init__(
+    self, config: long_context_config.LongContextConfig, workdir: str
+  ):
+    self._start = time.monotonic()
+    self.config = config
+    self.folder = long_context_config.model_folder(config.model)
+    self.model_config = models.load_hf_config(self.folder)
+    config.check_model(self.model_config)
+    self._run = runs.begin(
+      workdir,
+      long_context_config.identity(config, self.folder),
+      free=long_context_config.FREE,
+    )
+    self.path = self._run.workdir
+    self.found = self._run.found
+
+  @functools.cached_property
+  def measurer(self) -> long_context_run.Measurer:
+    """What takes measurements; it loads the model."""
+    kind = (
+      long_context_scanned.ScannedMeasurer
+      if self.config.scan_layers
+      else long_context_run.Measurer
+    )
+    return kind(
+      self.config,
+      models.load_hf(self.folder, dtype=jnp.dtype(self.config.dtype)),
+      long_context_run.held_out_code(self.folder, self.path),
+      self.path,
+    )
+
+  def take(self, step: long_context_run.Step) -> dict:
+    """Takes and records a measurement; its values, with "seconds"."""
+    start = time.perf_counter()
+    values = self.measurer.measure(step)
+    values["seconds"] = time.perf_counter() - start
+    self._run.writer.write(**vars(step), **values)
+    return values
+
+  def time_is_up(self) -> bool:
+    """Whether no measurement may begin any more."""
+    limit = self.config.max_seconds
+    return limit is not None and time.monotonic() - self._start > limit
 
 
 def measure_all(
@@ -60,33 +119,22 @@ def measure_all(
     ValueError: the settings do not fit the model, or the folder is not this
       run's.
   """
-  folder = long_context_config.model_folder(config.model)
-  model_config = models.load_hf_config(folder)
-  config.check_model(model_config)
-  identity = long_context_config.identity(config, folder)
-  run = runs.begin(workdir, identity)
-  steps = long_context_run.plan(config, model_config.num_layers)
+  run = MeasuredRun(config, workdir)
+  steps = long_context_run.plan(config, run.model_config.num_layers)
   done = {long_context_run.key(record) for record in run.found()}
   missing = [step for step in steps if step.key not in done]
   console.print(
-    f"{len(steps)} measurements of {folder.name}, "
+    f"{len(steps)} measurements of {run.folder.name}, "
     f"{len(steps) - len(missing)} of them recorded already"
   )
   if missing:
-    measurer = long_context_run.Measurer(
-      config,
-      models.load_hf(folder, dtype=jnp.dtype(config.dtype)),
-      long_context_run.held_out_code(folder, run.workdir),
-      run.workdir,
-    )
-    run_steps(missing, measurer, run.writer, console)
-  return run.found(), run.workdir
+    run_steps(run, missing, console)
+  return run.found(), run.path
 
 
 def run_steps(
+  run: MeasuredRun,
   steps: list[long_context_run.Step],
-  measurer: long_context_run.Measurer,
-  writer: records.RecordWriter,
   console: rich.console.Console,
 ):
   """Takes the steps, with a line each and, on a terminal, a bar."""
@@ -102,19 +150,28 @@ def run_steps(
   ) as progress:
     bar = progress.add_task("", total=len(steps))
     for number, step in enumerate(steps, start=1):
+      if run.time_is_up():
+        console.print(f"time is up: {len(steps) - number + 1} are left")
+        return
       progress.update(bar, description=str(step))
-      start = time.perf_counter()
-      values = measurer.measure(step)
-      seconds = time.perf_counter() - start
-      writer.write(**vars(step), **values, seconds=seconds)
-      console.print(
-        f"[{number}/{len(steps)}] {step}: {brief(step, values)} "
-        f"({seconds:.1f} s)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-      )
+      values = run.take(step)
+      print_step(console, f"{number}/{len(steps)}", step, values)
       progress.advance(bar)
+
+
+def print_step(
+  console: rich.console.Console,
+  number: str,
+  step: long_context_run.Step,
+  values: dict,
+):
+  """One line on a measurement."""
+  console.print(
+    f"[{number}] {step}: {brief(step, values)} ({values['seconds']:.1f} s)",
+    markup=False,
+    highlight=False,
+    soft_wrap=True,
+  )
 
 
 def brief(step: long_context_run.Step, values: dict) -> str:

@@ -2,6 +2,7 @@
 """Settings of the long-context experiment, checked before anything runs."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -50,8 +51,9 @@ class LongContextConfig:
     model: folder of a checkpoint, or the name of one that ships.
     patterns: mappings with "label", "method", optionally "measure" (default
       all of `MEASURES`) and the method's own settings. The method
-      "calibrated" has one, "file", as `experiments.calibrate` writes it;
-      default sparse_attention.json in the model's folder.
+      "calibrated" has two: "file", as `experiments.calibrate` writes it,
+      default sparse_attention.json in the model's folder; and "factor", default
+      1, which multiplies the limits of "unisparse_threshold".
     lengths: tokens of a prompt and its answer.
     reference_measure: which of `REFERENCE_MEASURES` to take of dense attention;
       where attention is timed, dense attention is as well.
@@ -72,6 +74,13 @@ class LongContextConfig:
     batch_size: prompts answered together.
     dtype: of weights and activations.
     seed: of prompts and code.
+    scan_layers: compile one layer for all, and one program for all budgets of
+      a pattern (`long_context_programs`); prompts are prefilled one by one and
+      those of a task decoded together. No "next_token" then.
+    captured_task: task whose prompt, filled up in front with code, attention is
+      timed and compared on; "": code alone. With scan_layers only.
+    compile_threads: programs compiled at the same time, with scan_layers.
+    max_seconds: no measurement begins after this many; None: no limit.
   """
 
   model: str
@@ -93,12 +102,25 @@ class LongContextConfig:
   batch_size: int = 1
   dtype: str = "float32"
   seed: int = 0
+  scan_layers: bool = False
+  captured_task: str = ""
+  compile_threads: int = 4
+  max_seconds: float | None = None
 
   def __post_init__(self):
     for name in ("samples", "code_rows", "repeats", "prefill_repeats"):
       checks.check_positive_int(name, getattr(self, name))
     checks.check_positive_int("batch_size", self.batch_size)
+    checks.check_positive_int("compile_threads", self.compile_threads)
     checks.check_non_negative_int("seed", self.seed)
+    if self.captured_task:
+      checks.check_choice("captured_task", self.captured_task, tasks.TASKS)
+    checks.require(
+      self.scan_layers or not self.captured_task,
+      "captured_task",
+      "be empty without scan_layers",
+      self.captured_task,
+    )
     checks.check_non_negative_int("jax_nn_max_len", self.jax_nn_max_len)
     for name in ("lengths", "patterns", "timed_layers"):
       checks.require(getattr(self, name), name, "not be empty", ())
@@ -125,8 +147,18 @@ class LongContextConfig:
     )
     if self.mask_label:
       checks.check_choice("mask_label", self.mask_label, labels)
+    if self.scan_layers:
+      kinds = {*self.reference_measure}.union(
+        *(e.measure for e in self.entries)
+      )
+      checks.require(
+        "next_token" not in kinds,
+        "measure",
+        "leave out next_token with scan_layers",
+        sorted(kinds),
+      )
 
-  @property
+  @functools.cached_property
   def entries(self) -> tuple[PatternEntry, ...]:
     """`patterns`, built."""
     return tuple(
@@ -211,8 +243,12 @@ def model_folder(name: str) -> pathlib.Path:
   )
 
 
+# How a run is made, not what: two calls on one workdir may differ here.
+FREE = ("compile_threads", "max_seconds")
+
+
 def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:
-  """What must agree for two calls to share a workdir."""
+  """What must agree for two calls to share a workdir, but for `FREE`."""
   weights = folder / _WEIGHTS
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   if weights.is_file():
@@ -240,6 +276,34 @@ def _calibration_file(settings: Mapping, model: str) -> pathlib.Path:
   return model_folder(model) / _CALIBRATION
 
 
+def _scaled(patterns: tuple, factor: float) -> tuple:
+  """The limits of every layer and head, times a factor."""
+  if factor == 1.0:
+    return patterns
+  checks.require(
+    isinstance(factor, int | float) and factor > 0.0,
+    "factor",
+    "be above 0",
+    factor,
+  )
+  for pattern in patterns:
+    checks.require(
+      isinstance(pattern, attention.UniSparseThreshold),
+      "factor",
+      "be 1 for a calibration of other patterns than unisparse_threshold",
+      factor,
+    )
+
+  def scale(limits):
+    if isinstance(limits, tuple):
+      return tuple(scale(limit) for limit in limits)
+    return factor * limits
+
+  return tuple(
+    dataclasses.replace(p, min_score=scale(p.min_score)) for p in patterns
+  )
+
+
 def _entry(values: Any, name: str, model: str) -> PatternEntry:
   if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
     raise ValueError(f"{name} must be a mapping; got {values!r}.")
@@ -260,9 +324,13 @@ def _entry(values: Any, name: str, model: str) -> PatternEntry:
     )
   try:
     if method == CALIBRATED:
-      flags_and_configs.check_keys("settings of calibrated", settings, ["file"])
+      keys = ["file", "factor"]
+      flags_and_configs.check_keys("settings of calibrated", settings, keys)
       file = _calibration_file(settings, model)
-      patterns = attention.load_calibration(file).patterns()
+      patterns = _scaled(
+        attention.load_calibration(file).patterns(),
+        settings.get("factor", 1.0),
+      )
     else:
       patterns = (attention.make_pattern(method, **settings),)
   except ValueError as error:

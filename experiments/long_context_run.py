@@ -137,6 +137,48 @@ def draw_samples(
   ]
 
 
+def answer_record(answers: Sequence[evaluation.Answer]) -> dict[str, Any]:
+  """What the record of a task's answers holds beside its key."""
+  return {
+    "score": float(np.mean([answer.score for answer in answers])),
+    "scores": [answer.score for answer in answers],
+    "texts": [answer.text.rstrip("\n") for answer in answers],
+    "targets": [answer.targets for answer in answers],
+  }
+
+
+def full_row(
+  corpus: data.CodeCorpus, task: str, *, seed: int, length: int
+) -> np.ndarray:
+  """Text of a length without padding: a prompt with code before it, or code.
+
+  Args:
+    corpus: code, of which prompts are made as well.
+    task: a name in `tasks.TASKS`; "": code alone.
+    seed: of the run.
+    length: tokens.
+
+  Returns:
+    int32 [length].
+  """
+  code_only = data.Mixture(
+    **dict.fromkeys(tasks.TASKS, 0.0), code=1.0, full_row=1.0
+  )
+  code = data.TrainingRows(corpus, seed, length, code_only)[0]["tokens"][:-1]
+  if not task:
+    return code
+  (sample,) = draw_samples(
+    task,
+    corpus,
+    seed=seed,
+    count=1,
+    prompt_len=length,
+    length=length,
+  )
+  prompt = np.asarray(sample.prompt_tokens, np.int32)
+  return np.concatenate([code[: length - len(prompt)], prompt])
+
+
 class Measurer:
   """Takes one step after another; what steps share is made once a length.
 
@@ -196,12 +238,7 @@ class Measurer:
       stop_ids=(self._corpus.tokenizer.newline_id,),
       max_new_tokens=longest,
     )
-    return {
-      "score": float(np.mean([answer.score for answer in answers])),
-      "scores": [answer.score for answer in answers],
-      "texts": [answer.text.rstrip("\n") for answer in answers],
-      "targets": [answer.targets for answer in answers],
-    }
+    return answer_record(answers)
 
   def _code(self) -> jax.Array:
     """int32 [code_rows, length], held-out code."""

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 QUALITY_COLUMNS = (
   ("score", "score", "{:.3f}"),
   ("relative_score", "of dense", "{:.1%}"),
+  ("worst_task", "worst task", "{:.1%}"),
   ("density", "density", "{:.3f}"),
   ("nominal_density", "nominal", "{:.3f}"),
   ("recall", "recall", "{:.4f}"),
@@ -64,7 +65,7 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   for (length, _), row in rows.items():
     dense = rows.get((length, config_lib.DENSE), {})
     jax_nn = rows.get((length, config_lib.JAX_NN), {})
-    _ratio(row, "relative_score", row.get("score"), dense.get("score"))
+    _compare_scores(row, task_scores(records, row["length"]))
     for name, base in (
       ("faster_than_dense", dense),
       ("faster_than_jax_nn", jax_nn),
@@ -126,6 +127,19 @@ def _row(records, length: int, pattern: str) -> Row:
     row["prefill_ms"] = record["median_ms"]
     _mebibytes(row, "prefill_mib", [record["peak_bytes"]])
   return row
+
+
+def _compare_scores(row: Row, scores: dict[str, Row]):
+  """Score over the dense one, of all tasks and of the worst, on equal tasks."""
+  dense = scores.get(config_lib.DENSE, {})
+  own = scores.get(row["pattern"], {})
+  if not own or own.keys() != dense.keys():
+    return
+  _ratio(row, "relative_score", sum(own.values()), sum(dense.values()))
+  shares = {task: own[task] / dense[task] for task in own if dense[task]}
+  if shares:
+    row["worst_task_name"] = min(shares, key=shares.__getitem__)
+    row["worst_task"] = shares[row["worst_task_name"]]
 
 
 def _mebibytes(row: Row, name: str, values):

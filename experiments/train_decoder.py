@@ -8,6 +8,7 @@ modules and writes the model in the Hugging Face layout to WORKDIR/model.
 The same command goes on where an earlier one stopped, whatever stopped it.
 """
 
+import dataclasses
 import functools
 import logging
 
@@ -19,12 +20,21 @@ from unisparse_jax import attention, data, models, records, training
 _LOG = logging.getLogger("experiments.train_decoder")
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _SECTIONS = ("model", "train", "data", "eval")
-_DATA_KEYS = ("seed", "packages", "extra_directories", "mixture", "tokenizer")
+_DATA_KEYS = (
+  *("seed", "packages", "extra_directories", "mixture", "tokenizer"),
+  "answer_weights",
+)
 _EVAL_KEYS = ("seq_len", "rows", "batch_size", "task_lens", "task_rows")
 
 
-def make_rows(corpus, seed, mixture, index, stage):
-  """Rows of one stage; each stage has its own."""
+def make_rows(corpus, seed, mixture, answer_weights, index, stage):
+  """Rows of one stage; each stage has its own.
+
+  Long rows hold few answers among much code: `answer_weights`, one a stage,
+  may give them the more weight. None: that of the mixture.
+  """
+  if answer_weights:
+    mixture = dataclasses.replace(mixture, answer_weight=answer_weights[index])
   return data.TrainingRows(corpus, 1000 * seed + index, stage.seq_len, mixture)
 
 
@@ -45,6 +55,12 @@ def main(argv):
   mixture = make(
     data.Mixture, config["data"]["mixture"], name="config.data.mixture"
   )
+  answer_weights = tuple(config["data"].get("answer_weights", ()))
+  if answer_weights and len(answer_weights) != len(train_config.stages):
+    raise ValueError(
+      "config.data.answer_weights must have one value for each stage; got "
+      f"{answer_weights} for {len(train_config.stages)} stages."
+    )
   workdir = records.claim_workdir(
     _WORKDIR.value,
     config,
@@ -67,7 +83,9 @@ def main(argv):
   result = training.train(
     train_config,
     model_config,
-    functools.partial(make_rows, corpus, config["data"]["seed"], mixture),
+    functools.partial(
+      make_rows, corpus, config["data"]["seed"], mixture, answer_weights
+    ),
     workdir / "train",
     settings={"data": config["data"]},
     evaluate=code_data.make_evaluate(config["eval"], held_out, attention_fn),

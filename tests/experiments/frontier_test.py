@@ -68,8 +68,9 @@ def test_writes_a_table_and_a_report(monkeypatch, tmp_path, capsys):
 
 
 def test_a_sweep_becomes_one_pattern_a_budget():
-  config, sweeps, share = frontier_config.parse(smoke.get_config())
-  assert share == 0.99
+  frontier_settings = frontier_config.parse(smoke.get_config())
+  config, sweeps = frontier_settings.run, frontier_settings.sweeps
+  assert frontier_settings.share == 0.99
   assert [entry.label for entry in config.entries] == [
     "unisparse 0.6",
     "unisparse 0.9",
@@ -84,7 +85,8 @@ def test_a_sweep_becomes_one_pattern_a_budget():
 
 @pytest.mark.parametrize("module", [default, smoke, threshold])
 def test_configs_are_valid(module):
-  config, sweeps, _ = frontier_config.parse(module.get_config())
+  frontier_settings = frontier_config.parse(module.get_config())
+  config, sweeps = frontier_settings.run, frontier_settings.sweeps
   shipped = models.load_hf_config(
     long_context_config.model_folder(config.model)
   )

@@ -83,3 +83,16 @@ def test_device_without_a_count_has_no_peak():
 def test_bad_arguments(kwargs, message):
   with pytest.raises(ValueError, match=message):
     timing.measure(jnp.sum, jnp.ones(3), **kwargs)
+
+
+def test_a_compiled_program_is_timed_in_groups():
+  compiled = jax.jit(_sleep(5)).lower(jnp.zeros(3)).compile()
+  single = timing.measure_compiled(compiled, jnp.zeros(3), repeats=2)
+  assert 5 <= single.min_ms < 100
+  assert (single.repeats, single.compile_s) == (2, 0.0)
+  grouped = timing.measure_compiled(
+    compiled, jnp.zeros(3), repeats=1, group_ms=12.0
+  )
+  assert 5 <= grouped.median_ms < 100
+  with pytest.raises(ValueError, match=r"repeats must be >= 1"):
+    timing.measure_compiled(compiled, jnp.zeros(3), repeats=0)

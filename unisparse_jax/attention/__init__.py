@@ -20,6 +20,11 @@ from unisparse_jax.attention.attention_fn import (
 from unisparse_jax.attention.block_mask import BlockGrid as BlockGrid
 from unisparse_jax.attention.block_mask import BlockMask as BlockMask
 from unisparse_jax.attention.block_mask import ColumnSet as ColumnSet
+from unisparse_jax.attention.budgets import (
+  BudgetedAttention as BudgetedAttention,
+)
+from unisparse_jax.attention.budgets import LayerBudgets as LayerBudgets
+from unisparse_jax.attention.budgets import budgeted as budgeted
 from unisparse_jax.attention.dense import dense_attention as dense_attention
 from unisparse_jax.attention.executor import merge as merge
 from unisparse_jax.attention.executor import (

@@ -106,6 +106,28 @@ def recall(
   return mass.reshape(grid.batch, -1, q.shape[2])[:, : grid.q_len]
 
 
+def recall_from_lse(
+  lse: Float[Array, "batch q_len num_heads"],
+  dense_lse: Float[Array, "batch q_len num_heads"],
+) -> Float[Array, "batch q_len num_heads"]:
+  """`recall` from the log-sum-exps that attention returns anyway.
+
+  A query's kept keys hold exp(lse - dense_lse) of its dense softmax: the cost
+  is that of sparse attention, where `recall` costs more than dense attention.
+
+  Args:
+    lse: float32 [batch, q_len, num_heads], over the kept keys.
+    dense_lse: over all keys, of the same back end: products in bfloat16 differ
+      between back ends by about 1e-3 in the lse.
+
+  Returns:
+    float32 [batch, q_len, num_heads], at most 1; 1 for queries that see no key.
+  """
+  has_keys = jnp.isfinite(dense_lse)
+  share = jnp.exp(lse - jnp.where(has_keys, dense_lse, 0.0))
+  return jnp.where(has_keys, jnp.minimum(share, 1.0), 1.0)
+
+
 def block_mass(
   q: Float[Array, "batch q_len num_heads head_dim"],
   k: Float[Array, "batch kv_len num_kv_heads head_dim"],

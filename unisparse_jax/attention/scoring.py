@@ -1,5 +1,6 @@
 """From block scores to a mask: forced blocks, then top-p or top-k."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -37,7 +38,7 @@ def select_blocks(
   block_scores: Float[Array, "batch num_mask_heads num_q_blocks num_kv_blocks"],
   forced: Bool[Array, "batch num_q_blocks num_kv_blocks"],
   *,
-  top_p: float | tuple[float, ...] | None = None,
+  top_p: float | tuple[float, ...] | Array | None = None,
   top_k: int | None = None,
   max_blocks: int | None = None,
 ) -> block_mask.BlockMask:
@@ -54,8 +55,8 @@ def select_blocks(
       >= 0 and summing to 1 over the admissible blocks of a row (top_p), or any
       finite values (top_k).
     forced: blocks kept whatever their score.
-    top_p: mass to keep, in (0, 1], or a tuple with one for each mask head;
-      exactly one of top_p and top_k is given.
+    top_p: mass to keep, in (0, 1], or one for each mask head, as a tuple or an
+      array, which may be traced; exactly one of top_p and top_k is given.
     top_k: blocks to keep in a row.
     max_blocks: room in a list; forced blocks, then the best, go in first, and
       the mask's `num_dropped` counts the rest.
@@ -74,7 +75,7 @@ def select_blocks(
     block_scores, jnp.bool_
   )
   admissible |= forced
-  if top_p == 1.0:
+  if isinstance(top_p, float | int) and top_p == 1.0:
     # A float32 running sum may reach 1 before the last block.
     mask = block_mask.BlockMask.from_dense(grid, admissible | forced)
     if max_blocks is None:
@@ -116,7 +117,7 @@ def best_blocks(
   *,
   num_sink_blocks: int = 0,
   num_local_blocks: int = 0,
-  top_p: float | tuple[float, ...] | None = None,
+  top_p: float | tuple[float, ...] | Array | None = None,
   top_k: int | None = None,
   max_blocks: int | None = None,
 ) -> block_mask.BlockMask:
@@ -135,7 +136,7 @@ def best_blocks(
     The same mask, in a tenth of the time on a CPU; on a GPU by one kernel.
   """
   share = top_p
-  if isinstance(top_p, tuple):
+  if isinstance(top_p, tuple | jax.Array):
     share = per_head("top_p", top_p, block_scores.shape[1])
   indices, counts, num_selected = pallas_kernels.block_selection(
     block_scores,
@@ -160,21 +161,30 @@ def best_blocks(
 
 
 def per_head(
-  name: str, value: float | tuple[float, ...], num_heads: int
+  name: str, value: float | tuple[float, ...] | Array, num_heads: int
 ) -> Float[Array, " num_heads"]:
-  """A setting for all heads, or a tuple with one a head, as an array.
+  """A setting for all heads, or one a head, as an array.
 
   Args:
     name: of the setting, for the message.
-    value: the setting.
+    value: the setting; an array, [] or [num_heads], may be traced.
     num_heads: heads that it is for.
 
   Returns:
     float32 [num_heads].
 
   Raises:
-    ValueError: a tuple of another length.
+    ValueError: a tuple or array of another length.
   """
+  if isinstance(value, jax.Array):
+    checks.require(
+      value.shape in ((), (num_heads,)),
+      name,
+      "be an array with one value, or one for each mask head",
+      value.shape,
+      f"[] or [{num_heads}]",
+    )
+    return jnp.broadcast_to(value.astype(jnp.float32), (num_heads,))
   if not isinstance(value, tuple):
     value = (value,) * num_heads
   checks.require(

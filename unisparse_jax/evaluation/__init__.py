@@ -3,11 +3,15 @@
 from unisparse_jax.evaluation.answers import Answer as Answer
 from unisparse_jax.evaluation.answers import answer as answer
 from unisparse_jax.evaluation.answers import pad_prompts as pad_prompts
+from unisparse_jax.evaluation.answers import score_tokens as score_tokens
 from unisparse_jax.evaluation.attention_layers import (
   LayerQuality as LayerQuality,
 )
 from unisparse_jax.evaluation.attention_layers import (
   layer_quality as layer_quality,
+)
+from unisparse_jax.evaluation.attention_layers import (
+  mask_quality as mask_quality,
 )
 from unisparse_jax.evaluation.next_token import (
   NextTokenQuality as NextTokenQuality,

@@ -83,13 +83,29 @@ def answer(
         lengths=lengths,
       )
     )
-    for row, sample in enumerate(batch):
-      text = decode_text(new_tokens[row, : sample.max_new_tokens])
-      answers.append(
-        Answer(
-          score=tasks.score(text, sample), text=text, targets=sample.targets
-        )
-      )
+    answers += score_tokens(batch, new_tokens, decode_text)
+  return answers
+
+
+def score_tokens(
+  samples: Sequence[tasks.TaskSample],
+  new_tokens: np.ndarray,
+  decode_text: Callable[[np.ndarray], str],
+) -> list[Answer]:
+  """Scores what was generated after each prompt.
+
+  Args:
+    samples: the prompts.
+    new_tokens: int [at least num_samples, max_new_tokens], row by row; an
+      answer is cut at its sample's own budget.
+    decode_text: tokens to text.
+  """
+  answers = []
+  for sample, row in zip(samples, new_tokens, strict=False):
+    text = decode_text(row[: sample.max_new_tokens])
+    answers.append(
+      Answer(score=tasks.score(text, sample), text=text, targets=sample.targets)
+    )
   return answers
 
 

@@ -48,11 +48,47 @@ def layer_quality(
   return LayerQuality(**{name: float(x) for name, x in values.items()})
 
 
+def mask_quality(
+  mask: attention.BlockMask,
+  q: Array,
+  k: Array,
+  v: Array,
+  dense_out: Array,
+  dense_lse: Array,
+  *,
+  implementation: str | None = None,
+) -> dict[str, Array]:
+  """The values of `LayerQuality` at the cost of one sparse attention.
+
+  Args:
+    mask: what is kept.
+    q: [batch, q_len, num_heads, head_dim].
+    k: [batch, kv_len, num_kv_heads, head_dim].
+    v: as k.
+    dense_out: dense attention of them, as q.
+    dense_lse: float32 [batch, q_len, num_heads], its log-sum-exp, by the same
+      back end.
+    implementation: back end of sparse attention.
+
+  Returns:
+    Scalars by name, to be jitted; recall by `metrics.recall_from_lse`.
+  """
+  out, lse = attention.sparse_attention(
+    q, k, v, mask, return_lse=True, implementation=implementation
+  )
+  recall = attention.metrics.recall_from_lse(lse, dense_lse)
+  return _summary(mask, out, recall, dense_out)
+
+
 @jax.jit(static_argnums=0)
 def _quality(pattern, q, k, v, dense_out):
   mask = pattern.select(q, k)
   out = attention.sparse_attention(q, k, v, mask)
   recall = attention.metrics.recall(q, k, mask)
+  return _summary(mask, out, recall, dense_out)
+
+
+def _summary(mask, out, recall, dense_out):
   error = attention.metrics.output_error(out, dense_out)
   return {
     "density": attention.metrics.density(mask).mean(),

@@ -21,6 +21,10 @@ from unisparse_jax.models.sampling import TopK as TopK
 from unisparse_jax.models.sampling import TopP as TopP
 from unisparse_jax.models.sampling import noise_at as noise_at
 from unisparse_jax.models.sampling import row_keys as row_keys
+from unisparse_jax.models.scanned import Prefilled as Prefilled
+from unisparse_jax.models.scanned import join_prefilled as join_prefilled
+from unisparse_jax.models.scanned import scanned_prefill as scanned_prefill
+from unisparse_jax.models.scanned import stack_layers as stack_layers
 from unisparse_jax.models.tree_forward import Packing as Packing
 from unisparse_jax.models.tree_forward import Scratch as Scratch
 from unisparse_jax.models.tree_forward import TreeCache as TreeCache

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,31 @@ def test_recall_and_block_mass_match_float64():
   by_block = padded.reshape(2, 4, 3, 32, 7, 16).sum((3, 5))
   rows = np.asarray([32, 32, 6])[:, None]
   np.testing.assert_allclose(mass, by_block / rows, atol=1e-6)
+
+
+@jax.jit
+def recall_twice(q, k, v):
+  where = dict(q_offset=jnp.asarray([30, 12]), kv_len=jnp.asarray([100, 0]))
+  pattern = attention.Streaming(num_sink=8, num_local=8, block_q=16, block_kv=8)
+  mask = pattern.select(q, k, **where)
+  full = attention.BlockMask.full(mask.grid)
+  lse, dense_lse = (
+    attention.sparse_attention(q, k, v, m, return_lse=True)[1]
+    for m in (mask, full)
+  )
+  return (
+    attention.metrics.recall_from_lse(lse, dense_lse),
+    attention.metrics.recall(q, k, mask),
+  )
+
+
+def test_recall_from_lse_is_recall():
+  found, expected = recall_twice(
+    *helpers.make_qkv(batch=2, q_len=70, kv_len=100)
+  )
+  np.testing.assert_allclose(found, expected, atol=3e-6)
+  assert expected[0].min() < 0.5  # the mask does drop something
+  assert (expected[1] == 1.0).all()  # there is nothing to drop
 
 
 def test_output_error():

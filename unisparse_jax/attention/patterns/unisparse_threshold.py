@@ -54,7 +54,6 @@ import dataclasses
 import math
 import numbers
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -160,9 +159,7 @@ class UniSparseThreshold:
       The mask.
     """
     num_blocks = (profiles.num_keys(grid) + self.block_kv - 1) // self.block_kv
-    limit = min_score
-    if not isinstance(min_score, jax.Array):
-      limit = scoring.per_head("min_score", min_score, scores.shape[1])
+    limit = scoring.per_head("min_score", min_score, scores.shape[1])
     limit = (
       limit[None, :] / jnp.maximum(num_blocks, 1).astype(jnp.float32)[:, None]
     )

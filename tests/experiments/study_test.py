@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scanned layers, captured arrays and real masks, on a tiny model."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.attention_speed import captured_smoke
+from configs.capture_attention import smoke as capture_smoke
+from configs.frontier import study
+from configs.train_decoder import study as study_model
+from experiments import (
+  attention_speed_captured,
+  attention_speed_config,
+  capture_attention,
+  flags_and_configs,
+  frontier,
+  frontier_config,
+  long_context,
+  long_context_config,
+  long_context_programs,
+  long_context_run,
+)
+from pallas_kernels import device
+from tests.pallas_kernels.block_sparse_attention import mosaic_gpu_test
+from unisparse_jax import attention, data, models, records
+
+BLOCKS = dict(block_q=64, block_kv=64)
+ALL = ("answers", "layers", "attention_time")  # the last of dense alone
+SWEEP = dict(
+  label="x", method="xattention", budget="top_p", values=(0.5,), **BLOCKS
+)
+SETTINGS = dict(
+  seed=0,
+  dtype="float32",
+  lengths=(512,),
+  reference_measure=("answers",),
+  tasks=("niah_single_1",),
+  samples=1,
+  timed_layers=(1,),
+  implementation="xla",
+  repeats=1,
+  scan_layers=True,
+  compile_threads=2,
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp("study")
+
+
+def run_frontier(monkeypatch, folder, workdir, **changes):
+  config = dict(
+    model=str(folder),
+    sweeps=(SWEEP | {"measure": ALL[:2]},),
+    matched_share=0.99,
+    search=True,
+    **SETTINGS,
+  )
+  for name, value in (
+    ("_CONFIG", config | changes),
+    ("_WORKDIR", str(workdir)),
+  ):
+    holder = types.SimpleNamespace(value=value)
+    monkeypatch.setattr(frontier, name, holder)
+  # What is drawn has a test of its own.
+  monkeypatch.setattr(frontier.html_report, "write", lambda *args: "no report")
+  frontier.main(["frontier"])
+
+
+def test_scanned_measurements_are_those_of_the_decoder(
+  monkeypatch, model_folder, in_process, workdir, capsys
+):
+  run_frontier(monkeypatch, model_folder, workdir / "scanned")
+  found = records.read(workdir / "scanned" / "records.jsonl")
+  assert {record["kind"] for record in found} == set(ALL)
+  assert "x 0.5" in capsys.readouterr().out
+  # A second call has nothing left to do, and loads no model.
+  monkeypatch.setattr(long_context.MeasuredRun, "measurer", None)
+  run_frontier(monkeypatch, model_folder, workdir / "scanned")
+  assert records.read(workdir / "scanned" / "records.jsonl") == found
+
+  config = long_context_config.parse(
+    SETTINGS
+    | dict(
+      model=str(model_folder),
+      scan_layers=False,
+      patterns=(dict(label="x 0.5", method="xattention", top_p=0.5, **BLOCKS),),
+    )
+  )
+  monkeypatch.undo()
+  measurer = long_context_run.Measurer(
+    config,
+    models.load_hf(model_folder, dtype=jnp.float32),
+    data.CodeCorpus(workdir / "scanned" / "corpus", "held_out"),
+    workdir,
+  )
+  compared = 0
+  for record in found:
+    if record["kind"] == "layers":
+      step = long_context_run.Step(
+        **{key: record[key] for key in ("kind", "pattern", "length", "item")}
+      )
+      compared += 1
+      for name, value in measurer.measure(step).items():
+        assert record[name] == pytest.approx(value, abs=2e-5), name
+      assert record["recall"] < 0.9
+  assert compared == 2  # layers
+
+
+def test_programs_compile_without_weights(
+  monkeypatch, model_folder, in_process, tmp_path, capsys
+):
+  shape = tmp_path / "shape"
+  shape.mkdir()
+  for name in ("config.json", "tokenizer.json"):
+    (shape / name).write_bytes((model_folder / name).read_bytes())
+  sweep = SWEEP | {"measure": ("layers",)}
+  run_frontier(
+    *(monkeypatch, shape, tmp_path / "compile"),
+    sweeps=(sweep,),
+    reference_measure=("prefill",),
+    compile_only=True,
+    search=False,
+  )
+  out = capsys.readouterr().out
+  # Dense: prefill, capture, attention. The pattern, for all layers: selection,
+  # dense attention with its lse, quality.
+  assert "6 programs" in out
+
+
+class LoweredForCuda(long_context_programs.Programs):
+  """Texts in place of programs."""
+
+  def build(self, traced):
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@mosaic_gpu_test.needs_pallas
+def test_study_programs_lower_for_cuda_with_one_kernel_for_all_layers(
+  monkeypatch, tmp_path
+):
+  monkeypatch.setattr(device, "nvidia_compute_capability", lambda: (9, 0))
+  config = study.get_config(str(tmp_path))
+  config.dense_implementation = "tiled"  # cuDNN lowers on a card only
+  programs = LoweredForCuda(
+    frontier_config.parse(config).run,
+    models.DecoderConfig(**study_model.get_config().model.to_dict()),
+    (0,),
+  )
+  length = 131_072
+  text = programs.prefill("unisparse 0.9", length)
+  assert text.count("custom_call @mosaic_gpu") == 1
+  assert programs.prefill("unisparse 0.95", length) is text
+  assert "131072x2x128xbf16" in text  # the cache, with room for an answer
+  text = programs.quality("sample v1 0.9", 0, length)
+  assert "custom_call @mosaic_gpu" in text
+  assert not programs.errors()
+
+
+def test_captured_layers_are_timed_with_their_masks(
+  monkeypatch, model_folder, in_process, tmp_path
+):
+  config = capture_smoke.get_config()
+  config.model = str(model_folder)
+  config.layers = (1,)
+  captured = flags_and_configs.to_dataclass(
+    capture_attention.CaptureConfig, config, name="config"
+  )
+  lines = list(capture_attention.capture(captured, str(tmp_path / "captured")))
+  assert len(lines) == 1
+  assert not list(
+    capture_attention.capture(captured, str(tmp_path / "captured"))
+  )
+  assert capture_attention.found_in(tmp_path / "captured") == [(512, 1)]
+  q, k, _ = capture_attention.load(tmp_path / "captured", 512, 1)
+  assert (q.shape, k.shape) == ((1, 512, 4, 16), (1, 512, 2, 16))
+  with pytest.raises(ValueError, match=r"captured must hold"):
+    capture_attention.load(tmp_path / "captured", 512, 0)
+
+  speed = captured_smoke.get_config(str(tmp_path))
+  speed.captured_model = str(model_folder)
+  speed.matched = ""
+  found = list(
+    attention_speed_captured.measure_captured(
+      attention_speed_config.parse(speed)
+    )
+  )
+  assert [record.get("what") for record in found] == [
+    *(None, "with selection", "selection", "real mask", "random mask"),
+  ]
+  assert not any("error" in record for record in found)
+  mask = jax.jit(attention.UniSparse(**BLOCKS).select)(q, k)
+  density = float(attention.metrics.density(mask).mean())
+  assert found[1]["density"] == pytest.approx(density)
+  other = attention_speed_captured.shuffled(mask, seed=0)
+  np.testing.assert_array_equal(other.num_kv_blocks, mask.num_kv_blocks)
+  listed = np.asarray(other.to_dense())
+  assert (listed & ~np.asarray(mask.grid.admissible())[:, None]).sum() == 0
+  assert listed.sum() == np.asarray(mask.num_kv_blocks).sum()
+  assert listed[:, :, np.arange(8), np.arange(8)].all()  # the diagonal
+
+
+def test_a_matched_line_becomes_its_pattern_again():
+  sweeps = frontier_config.Sweep(
+    label="v",
+    method="minference",
+    budget="heads",
+    values=((("vertical_slash", 50, 100),),),
+    settings=(("block_q", 64),),
+  )
+  line = {
+    "label": "v 50 100",
+    "method": sweeps.method,
+    "settings": dict(sweeps.settings),
+    "budget_field": "heads",
+    "budget": [["vertical_slash", 50, 100]],
+  }
+  (expected,) = sweeps.entries()
+  del expected["measure"]
+  assert attention_speed_captured.pattern_of(line) == expected
