@@ -46,7 +46,7 @@ def all_figures(
         "share of token pairs that is kept. Right: against the measured time "
         "of one layer's attention, selection included; the dotted line is "
         "dense attention. Up (for KL, down) and to the left is better.",
-        _frontier(here, sweeps, qualities, costs),
+        frontier(here, sweeps, qualities, costs),
       )
 
 
@@ -106,7 +106,18 @@ def matched_table(lines: Sequence[dict], share: float) -> rich.table.Table:
   return table
 
 
-def _frontier(here, sweeps, qualities, costs) -> bytes:
+def frontier(here, sweeps, qualities, costs) -> bytes:
+  """Qualities against costs, a line a sweep.
+
+  Args:
+    here: {label of a point: its row}, dense among them.
+    sweeps: the lines.
+    qualities: (name of a value, label of its axis), a row of pictures each.
+    costs: the same, a column each.
+
+  Returns:
+    A PNG.
+  """
   figure = figures.new_figure(5.2 * len(costs), 3.4 * len(qualities))
   grid = figure.subplots(len(qualities), len(costs), squeeze=False)
   style = figures.styles([{"pattern": s.label} for s in sweeps], first=2)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse bidirectional and cross attention on videos of handwritten digits.
+
+Trains a small reader whose tiles all look at one another and whose questions
+look at all tiles, by `nnx.MultiHeadAttention` with our attention plugged in.
+Then each pattern takes dense attention's place among the tiles, of the
+questions, and in both: right answers, divergence of the answers, recall,
+density and time. Writes WORKDIR/records.jsonl, WORKDIR/matched.json and
+WORKDIR/report.html.
+
+The same command goes on where an earlier one stopped.
+"""
+
+import dataclasses
+import time
+
+from absl import app
+
+from experiments import (
+  flags_and_configs,
+  frontier_figures,
+  long_context,
+  vision_attention_config,
+  vision_attention_data,
+  vision_attention_report,
+  vision_attention_run,
+  vision_attention_train,
+)
+from unisparse_jax import records
+
+_CONFIG, _WORKDIR = flags_and_configs.define()
+# Fields that may differ between two calls on one workdir.
+_FREE = ("measures",)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  config = vision_attention_config.parse(_CONFIG.value)
+  settings = dataclasses.asdict(config)
+  workdir = records.claim_workdir(_WORKDIR.value, settings, free=_FREE)
+  flags_and_configs.start_jax(workdir)
+  console = long_context.make_console()
+  file = workdir / "records.jsonl"
+  writer = records.RecordWriter(file, settings)
+  train_digits, test_digits = vision_attention_data.split_digits(config.seed)
+  params = vision_attention_train.train(
+    config, train_digits, workdir, writer, console.print
+  )
+  found = records.read(file)
+  done = {vision_attention_run.key(r) for r in found if "item" in r}
+  measurer = vision_attention_run.Measurer(config, params, test_digits, workdir)
+  for step in measurer.steps():
+    if step in done:
+      continue
+    start = time.perf_counter()
+    measured = measurer.measure(step)
+    seconds = time.perf_counter() - start
+    kind, label, item = step
+    writer.write(
+      kind=kind, pattern=label, item=item, **measured, seconds=seconds
+    )
+    console.print(f"{' · '.join(step)}: {seconds:.1f} s", highlight=False)
+
+  found = records.read(file)
+  rows = vision_attention_report.summarise(config, found)
+  console.print(vision_attention_report.table(rows))
+  for line in vision_attention_report.refusals(found):
+    console.print(line, highlight=False)
+  matched = {
+    where: frontier_figures.matched(
+      [row for row in rows if row["where"] == where],
+      config.all_sweeps,
+      config.matched_share,
+    )
+    for where in vision_attention_config.WHERES
+  }
+  records.write_json(workdir / "matched.json", matched)
+  for where, lines in matched.items():
+    console.print(f"Sparse: {where}")
+    console.print(frontier_figures.matched_table(lines, config.matched_share))
+  report = vision_attention_report.write(config, found, workdir)
+  console.print(f"Report: {report}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+  flags_and_configs.run(main)
