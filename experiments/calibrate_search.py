@@ -286,9 +286,7 @@ def _of_texts(found, name, texts) -> np.ndarray:
   return np.concatenate(
     [
       np.mean(
-        [
-          r[name] for r in found if r["layer"] == layer and r["text"] in texts
-        ],
+        [r[name] for r in found if r["layer"] == layer and r["text"] in texts],
         axis=0,
       )
       for layer in layers

@@ -47,21 +47,25 @@ def main(argv):
   params = vision_attention_train.train(
     config, train_digits, workdir, writer, console.print
   )
-  found = records.read(file)
-  done = {vision_attention_run.key(r) for r in found if "item" in r}
   measurer = vision_attention_run.Measurer(config, params, test_digits, workdir)
-  for step in measurer.steps():
-    if step in done:
-      continue
-    start = time.perf_counter()
-    measured = measurer.measure(step)
-    seconds = time.perf_counter() - start
-    kind, label, item = step
-    writer.write(
-      kind=kind, pattern=label, item=item, **measured, seconds=seconds
-    )
-    console.print(f"{' · '.join(step)}: {seconds:.1f} s", highlight=False)
 
+  def take(steps):
+    found = records.read(file)
+    done = {vision_attention_run.key(r) for r in found if "item" in r}
+    for step in steps:
+      if step not in done:
+        start = time.perf_counter()
+        measured = measurer.measure(step)
+        seconds = time.perf_counter() - start
+        kind, label, item = step
+        writer.write(
+          kind=kind, pattern=label, item=item, **measured, seconds=seconds
+        )
+        console.print(f"{' · '.join(step)}: {seconds:.1f} s", highlight=False)
+
+  take(measurer.steps())
+  rows = vision_attention_report.summarise(config, records.read(file))
+  take(measurer.times(vision_attention_report.to_time(config, rows)))
   found = records.read(file)
   rows = vision_attention_report.summarise(config, found)
   console.print(vision_attention_report.table(rows))

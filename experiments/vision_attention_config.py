@@ -117,7 +117,8 @@ class VisionConfig:
     num_quality_videos: of these, the ones on which recall is measured.
     self_blocks: tokens in a block of queries, and of keys, among tiles.
     cross_blocks: the same of questions on tiles.
-    measures: of `MEASURES`; may differ between two calls on one workdir.
+    measures: of `MEASURES`; may differ between two calls on one workdir. Time
+      is taken of each sweep's sparsest point that keeps the dense score.
     mask_label: the point that is drawn; "" draws none.
     video: sizes of a video.
     model: sizes of the reader.
@@ -139,9 +140,7 @@ class VisionConfig:
   cross_blocks: tuple[int, int] = (16, 64)
   measures: tuple[str, ...] = MEASURES
   mask_label: str = ""
-  video: vision_attention_data.VideoConfig = (
-    vision_attention_data.VideoConfig()
-  )
+  video: vision_attention_data.VideoConfig = vision_attention_data.VideoConfig()
   model: vision_attention_model.ModelConfig = (
     vision_attention_model.ModelConfig()
   )

@@ -216,9 +216,7 @@ def _draw_one(rng, digits, config, num_frames, num_questions) -> Videos:
       frame = rng.choice(scanned if KINDS[kind] == "scan" else replays)
       possible = np.flatnonzero(shown[frame])
       tiles.append(
-        rng.choice(
-          possible, config.group, replace=len(possible) < config.group
-        )
+        rng.choice(possible, config.group, replace=len(possible) < config.group)
       )
       frames.append(np.full(config.group, frame))
     kinds.append(np.full(config.group, kind))

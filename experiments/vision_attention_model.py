@@ -113,8 +113,7 @@ class VideoReader(nnx.Module):
     # The last is that of a question which names no time.
     self.time = _embed(video.max_frames + 1, dim, rngs)
     self.encoder = nnx.List(
-      Block(config, self_attention, rngs=rngs)
-      for _ in range(config.num_layers)
+      Block(config, self_attention, rngs=rngs) for _ in range(config.num_layers)
     )
     self.norm_memory = nnx.LayerNorm(dim, rngs=rngs)
     self.ask = Block(config, cross_attention, rngs=rngs)
@@ -133,8 +132,9 @@ class VideoReader(nnx.Module):
     x = self._see(pixels) + place
     for block in self.encoder:
       x = block(x)
-    # Only questions ask for a time.
-    return self.norm_memory(x) + jnp.repeat(self.time(times), num_tiles, axis=1)
+    # Questions ask for places and times: both are said again, as in DETR.
+    time = jnp.repeat(self.time(times), num_tiles, axis=1)
+    return self.norm_memory(x) + place + time
 
   def decode(
     self,

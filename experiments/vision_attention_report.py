@@ -101,6 +101,36 @@ def summarise(
   return rows
 
 
+def to_time(
+  config: vision_attention_config.VisionConfig, rows: Sequence[Row]
+) -> dict[str, list[str]]:
+  """{site: labels of the points whose time is of interest}.
+
+  Of each sweep the sparsest point that keeps the share of the dense score, else
+  the fullest.
+  """
+  result = {}
+  for site in vision_attention_config.SITES:
+    here = {row["pattern"]: row for row in rows if row["where"] == site}
+    result[site] = []
+    for sweep in config.all_sweeps:
+      points = [
+        here[label]
+        for label in sweep.points
+        if "nominal_density" in here.get(label, {})
+      ]
+      if points:
+        kept = [
+          row
+          for row in points
+          if row.get("relative_score", 0.0) >= config.matched_share
+        ]
+        points.sort(key=lambda row: row["nominal_density"])
+        best = min(kept, key=lambda row: row["nominal_density"], default=None)
+        result[site].append((best or points[-1])["pattern"])
+  return result
+
+
 def refusals(records: Sequence[Row]) -> list[str]:
   """A line for each method that does not serve an attention, with its reason."""
   return list(

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ class Measurer:
     self._dense_logits: np.ndarray | None = None
 
   def steps(self) -> Iterator[Step]:
-    """All measurements of the config, those that share work together."""
+    """All measurements but of time, those that share work together."""
     config = self._config
     refused = self.refusals
     yield from (("refused", label, site) for label, site in refused)
@@ -78,12 +78,16 @@ class Measurer:
         yield from (("layers", label, site) for site in sites)
       if config.mask_label:
         yield ("masks", config.mask_label, "self")
-    if "time" in config.measures:
-      for site in config_lib.SITES:
-        yield ("attention_time", config_lib.DENSE, site)
-        for label, (sweep, _) in config.points.items():
-          if site in sweep.sites and (label, site) not in refused:
-            yield ("attention_time", label, site)
+
+  def times(self, labels: Mapping[str, Sequence[str]]) -> Iterator[Step]:
+    """Times of dense attention and of some points.
+
+    Args:
+      labels: {site: labels of the points}.
+    """
+    for site in labels if "time" in self._config.measures else ():
+      for label in (config_lib.DENSE, *labels[site]):
+        yield ("attention_time", label, site)
 
   def measure(self, step: Step) -> dict[str, Any]:
     """What the step's record holds beside its key."""

@@ -107,9 +107,7 @@ def make_optimizer(
   )
   return optax.chain(
     optax.clip_by_global_norm(_CLIP_NORM),
-    optax.adamw(
-      schedule, b2=_ADAM_B2, weight_decay=settings.weight_decay
-    ),
+    optax.adamw(schedule, b2=_ADAM_B2, weight_decay=settings.weight_decay),
   )
 
 

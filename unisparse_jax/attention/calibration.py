@@ -107,9 +107,7 @@ def lower_steps(
   for head in range(num_heads):
     tried = np.full((num_budgets, num_counts), -np.inf)
     for step in range(num_budgets):
-      tried[step, step:] = (
-        best[: num_counts - step] + performance[head, step]
-      )
+      tried[step, step:] = best[: num_counts - step] + performance[head, step]
     last[head] = tried.argmax(0)
     best = tried.max(0)
   steps = np.zeros((num_counts, num_heads), np.int64)
