@@ -132,7 +132,7 @@ def to_time(
 
 
 def refusals(records: Sequence[Row]) -> list[str]:
-  """A line for each method that does not serve an attention, with its reason."""
+  """A line for each method that refuses an attention, with its reason."""
   return list(
     dict.fromkeys(
       f"{r['pattern']}, {r['item']}: {r['reason']}"

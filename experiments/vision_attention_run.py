@@ -312,7 +312,7 @@ def encode(params, pixels, times, fn, sizes):
 
 @functools.partial(jax.jit, static_argnames=("fn", "sizes"))
 def decode(params, memory, examples, asked_times, asked_tiles, fn, sizes):
-  """Logits [batch, num_questions, num_digits] of questions that look by `fn`."""
+  """Logits [batch, num_questions, num_digits]; questions look by `fn`."""
   reader = _reader(params, sizes, fn, fn)
   return reader.decode(memory, examples, asked_times, asked_tiles)
 

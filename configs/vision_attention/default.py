@@ -64,6 +64,7 @@ def get_config():
     dict(label="flexprefill", method="flexprefill"),
     dict(label="minference", method="minference"),
   )
+  config.measures = ("quality", "time")
   config.mask_label = "unisparse 16 0.85"
   config.implementation = "xla"
   config.dense_implementation = "tiled"
