@@ -16,7 +16,7 @@ from experiments import vision_attention_data as data_lib
 from pallas_kernels import checks
 from unisparse_jax import attention
 
-_PIXEL_MEAN, _PIXEL_SCALE = 0.4, 0.3  # about those of the videos
+_PIXEL_MEAN, _PIXEL_SCALE = 0.2, 0.25  # textures about 0, of size 1
 _SHARPNESS = 1.4  # of the first query and key weights
 Memory = Float[Array, "batch num_tokens embed_dim"]
 
@@ -129,9 +129,11 @@ class VideoReader(nnx.Module):
     num_tiles = pixels.shape[1] // times.shape[1]
     tile = jnp.arange(num_tiles, dtype=jnp.int32)[None]
     place = jnp.tile(self._place(tile), (1, times.shape[1], 1))
-    x = self._see(pixels) + place
-    for block in self.encoder:
+    x = self._see(pixels)
+    for layer, block in enumerate(self.encoder):
       x = block(x)
+      if layer == 0:  # which compares what tiles look like, wherever they are
+        x = x + place
     # Questions ask for places and times: both are said again, as in DETR.
     time = jnp.repeat(self.time(times), num_tiles, axis=1)
     return self.norm_memory(x) + place + time
@@ -178,6 +180,11 @@ def make(
     cross_attention=cross_attention or dense,
     rngs=nnx.Rngs(seed),
   )
+
+
+def weights(reader: VideoReader) -> dict:
+  """A reader's weights as a nested dict of arrays."""
+  return nnx.to_pure_dict(nnx.state(reader))
 
 
 def with_attention(
