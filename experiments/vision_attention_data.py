@@ -48,7 +48,7 @@ class VideoConfig:
   columns: int = 8
   max_frames: int = 96
   group: int = 16
-  stickers: int = 6
+  stickers: int = 8
 
   def __post_init__(self):
     for name in ("rows", "columns", "max_frames", "group", "stickers"):

@@ -108,10 +108,10 @@ class VideoReader(nnx.Module):
     self._columns = video.columns
     self.look = nnx.Linear(num_pixels, dim, rngs=rngs)
     self.recognise = FeedForward(num_pixels, config.mlp_dim, dim, rngs=rngs)
-    self.row = _embed(video.rows, dim, rngs)
-    self.column = _embed(video.columns, dim, rngs)
+    self.row = _embed(video.rows, dim, 0.7, rngs)
+    self.column = _embed(video.columns, dim, 0.7, rngs)
     # The last is that of a question which names no time.
-    self.time = _embed(video.max_frames + 1, dim, rngs)
+    self.time = _embed(video.max_frames + 1, dim, 1.0, rngs)
     self.encoder = nnx.List(
       Block(config, self_attention, rngs=rngs) for _ in range(config.num_layers)
     )
@@ -129,11 +129,9 @@ class VideoReader(nnx.Module):
     num_tiles = pixels.shape[1] // times.shape[1]
     tile = jnp.arange(num_tiles, dtype=jnp.int32)[None]
     place = jnp.tile(self._place(tile), (1, times.shape[1], 1))
-    x = self._see(pixels)
-    for layer, block in enumerate(self.encoder):
+    x = self._see(pixels) + place
+    for block in self.encoder:
       x = block(x)
-      if layer == 0:  # which compares what tiles look like, wherever they are
-        x = x + place
     # Questions ask for places and times: both are said again, as in DETR.
     time = jnp.repeat(self.time(times), num_tiles, axis=1)
     return self.norm_memory(x) + place + time
@@ -217,6 +215,6 @@ def with_attention(
   return nnx.merge(graphdef, nnx.State(params))
 
 
-def _embed(count, dim, rngs) -> nnx.Embed:
-  init = nnx.initializers.normal(1.0)  # as loud as what a tile looks like
+def _embed(count, dim, scale, rngs) -> nnx.Embed:
+  init = nnx.initializers.normal(scale)  # not much below a tile's looks
   return nnx.Embed(count, dim, embedding_init=init, rngs=rngs)
