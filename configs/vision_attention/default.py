@@ -17,10 +17,10 @@ def get_config():
   config.seed = 0
   config.train = dict(
     phases=(
-      dict(num_frames=4, steps=250, batch=16, num_questions=96),
-      dict(num_frames=8, steps=200, batch=8, num_questions=96),
+      dict(num_frames=4, steps=400, batch=16, num_questions=96),
+      dict(num_frames=8, steps=350, batch=8, num_questions=96),
       dict(num_frames=32, steps=100, batch=2, num_questions=192),
-      dict(num_frames=96, steps=40, batch=1, num_questions=384),
+      dict(num_frames=96, steps=50, batch=1, num_questions=384),
     ),
     learning_rate=2e-3,
   )
