@@ -91,7 +91,7 @@ def summarise(
           for site in vision_attention_config.SITES
         ]
         if None not in parts:
-          row["nominal_density"] = float(pairs @ parts / pairs.sum())
+          row["nominal_density"] = float(np.average(parts, weights=pairs))
       if times := by_key.get(("attention_time", label, where)):
         row |= {name: times[name] for name in ("select_ms", "total_ms")}
         if slow := by_key.get(("attention_time", dense, where)):
