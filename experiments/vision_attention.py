@@ -30,7 +30,7 @@ from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 # Fields that may differ between two calls on one workdir.
-_FREE = ("measures",)
+_FREE = ("measures", "sweeps", "mask_label")
 
 
 def main(argv):
@@ -50,16 +50,26 @@ def main(argv):
   measurer = vision_attention_run.Measurer(config, params, test_digits, workdir)
 
   def take(steps):
-    found = records.read(file)
-    done = {vision_attention_run.key(r) for r in found if "item" in r}
+    done = {
+      vision_attention_run.key(r): r["point"]
+      for r in records.read(file)
+      if "item" in r
+    }
     for step in steps:
-      if step not in done:
+      # A label may have meant another pattern in an earlier call.
+      point = measurer.point(step)
+      if done.get(step) != point:
         start = time.perf_counter()
         measured = measurer.measure(step)
         seconds = time.perf_counter() - start
         kind, label, item = step
         writer.write(
-          kind=kind, pattern=label, item=item, **measured, seconds=seconds
+          kind=kind,
+          pattern=label,
+          item=item,
+          **measured,
+          point=point,
+          seconds=seconds,
         )
         console.print(f"{' · '.join(step)}: {seconds:.1f} s", highlight=False)
 

@@ -117,8 +117,9 @@ class VisionConfig:
     num_quality_videos: of these, the ones on which recall is measured.
     self_blocks: tokens in a block of queries, and of keys, among tiles.
     cross_blocks: the same of questions on tiles.
-    measures: of `MEASURES`; may differ between two calls on one workdir. Time
-      is taken of each sweep's sparsest point that keeps the dense score.
+    measures: of `MEASURES`. Time is taken of each sweep's sparsest point that
+      keeps the dense score. Two calls on one workdir may differ in this, in
+      `sweeps` and in `mask_label`.
     mask_label: the point that is drawn; "" draws none.
     video: sizes of a video.
     model: sizes of the reader.

@@ -89,6 +89,14 @@ class Measurer:
       for label in (config_lib.DENSE, *labels[site]):
         yield ("attention_time", label, site)
 
+  def point(self, step: Step) -> dict[str, str]:
+    """By site, the attention that a step is about, as text."""
+    _, label, item = step
+    return {
+      site: repr(self._config.attention_fn(label, site))
+      for site in (config_lib.SITES if item == "both" else (item,))
+    }
+
   def measure(self, step: Step) -> dict[str, Any]:
     """What the step's record holds beside its key."""
     kind, label, item = step

@@ -9,7 +9,7 @@ Expect:  to be filled from the first recorded run.
 
 import ml_collections
 
-_SHARES = (0.5, 0.7, 0.85, 0.95)
+_SHARES = (0.8, 0.9, 0.95, 0.99)
 
 
 def get_config():
@@ -44,7 +44,7 @@ def get_config():
       label="unisparse_threshold",
       method="unisparse_threshold",
       budget="min_score",
-      values=(20.0, 8.0, 3.0, 1.0),
+      values=(8.0, 3.0, 1.0, 0.3),
       over_queries="max",
       window_q=4,
       window_kv=4,
@@ -66,7 +66,7 @@ def get_config():
     dict(label="minference", method="minference"),
   )
   config.measures = ("quality", "time")
-  config.mask_label = "unisparse 16 0.85"
+  config.mask_label = "unisparse 16 0.9"
   config.implementation = "xla"
   config.dense_implementation = "tiled"
   config.repeats = 5

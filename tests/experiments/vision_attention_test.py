@@ -152,9 +152,7 @@ def test_attention_is_a_value_in_flaxs_own_layers():
     pattern=attention.RandomBlocks(density=0.2, **blocks)
   )
   assert helpers.relative_error(answer(little), expected) > 1e-2
-  calls = vision_attention_run.capture(
-    params, vars(videos), everything, sizes
-  )
+  calls = vision_attention_run.capture(params, vars(videos), everything, sizes)
   shapes = {
     site: [[x.shape[1] for x in call] for call in found]
     for site, found in calls.items()
