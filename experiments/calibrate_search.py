@@ -46,9 +46,10 @@ class CalibrateConfig:
     method: the pattern: one of `BUDGETS`, or "minference".
     settings: of the pattern, the same for all heads.
     rule: "equal_recall": every head reaches the target. "equal_slope": the mean
-      does, with the fewest blocks. "lowered_steps": the mean does, thresholds
-      being lowered by XAttention's dynamic programme along `budgets`, which
-      must fall. "xattention_profiler": thresholds as
+      does, with few blocks. "fewest_blocks": likewise, with the fewest of all.
+      "lowered_steps": likewise, thresholds being lowered by XAttention's
+      dynamic programme along `budgets`, which must fall.
+      "xattention_profiler": thresholds as
       XAttention's released code finds them. "minference_recall",
       "minference_error": MInference's candidate of most recall, or of fewest
       large output errors, as in its two released searches.

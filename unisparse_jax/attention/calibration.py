@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import checks
 
-RULES = ("equal_recall", "equal_slope", "lowered_steps")
+RULES = ("equal_recall", "equal_slope", "lowered_steps", "fewest_blocks")
 _PRICES = np.geomspace(1e-4, 1e4, 2000)
 
 
@@ -27,7 +27,8 @@ def choose_budgets(
       recall - price * density in every head at one price. "lowered_steps": as
       `lower_steps` finds them, after the number of steps that is sparsest among
       those whose mean recall reaches the target; budgets must stand in the
-      order of the steps.
+      order of the steps. "fewest_blocks": the least mean density of all
+      settings whose mean recall reaches the target, see `fewest_blocks`.
 
   Returns:
     Index of a budget, by head.
@@ -50,6 +51,8 @@ def choose_budgets(
     if not reached.any():
       return steps[np.argmax(total)]
     return steps[np.argmin(np.where(reached, by_count, np.inf))]
+  if rule == "fewest_blocks":
+    return fewest_blocks(density, recall, target)
   if rule == "equal_recall":
     best = recall >= recall.max(1, keepdims=True)
     reached = np.where(
@@ -116,6 +119,59 @@ def lower_steps(
     steps[:, head] = last[head, count]
     count = count - steps[:, head]
   return best, steps
+
+
+def fewest_blocks(
+  density: Float[np.ndarray, "num_heads num_budgets"],
+  recall: Float[np.ndarray, "num_heads num_budgets"],
+  target: float,
+  *,
+  num_levels: int = 2000,
+) -> Int[np.ndarray, " num_heads"]:
+  """Budgets of least mean density whose mean recall reaches a target.
+
+  A table as of `lower_steps`, but of what matters: D[h, r] is the least density
+  of the first h heads when they lose at most r units of recall,
+  D[h, r] = min over budgets s of D[h - 1, r - loss[h, s]] + density[h, s],
+  the losses rounded up to units, so that the target is kept.
+
+  Args:
+    density: kept share of the blocks, by head and budget.
+    recall: kept share of the dense softmax.
+    target: mean recall aimed at.
+    num_levels: units in the loss that the target allows.
+
+  Returns:
+    Index of a budget, by head; where the target is out of reach, those of
+    highest recall.
+  """
+  density, recall = np.asarray(density), np.asarray(recall)
+  heads = np.arange(len(density))
+  # The highest recall of each head, at the least density.
+  fullest = np.argmax(recall - 1e-9 * density, axis=1)
+  loss = recall[heads, fullest][:, None] - recall
+  allowed = recall[heads, fullest].sum() - target * len(density)
+  if allowed < 0.0:
+    return fullest
+  unit = max(allowed, 1e-12) / num_levels
+  # A head's own fullest budget may differ from the highest by the 1e-9 above.
+  units = np.maximum(np.ceil(loss / unit - 1e-6), 0.0)
+  units = np.minimum(units, num_levels + 1).astype(np.int64)
+  least = np.zeros(num_levels + 1)
+  chosen = np.zeros((len(density), num_levels + 1), np.int64)
+  for head in heads:
+    tried = np.full((density.shape[1], num_levels + 1), np.inf)
+    for budget, lost in enumerate(units[head]):
+      if lost <= num_levels:
+        tried[budget, lost:] = (
+          least[: num_levels + 1 - lost] + density[head, budget]
+        )
+    chosen[head], least = tried.argmin(0), tried.min(0)
+  index, left = np.zeros(len(density), np.int64), num_levels
+  for head in reversed(heads):
+    index[head] = chosen[head, left]
+    left -= units[head, index[head]]
+  return index
 
 
 def xattention_threshold(

@@ -104,6 +104,36 @@ def test_lowered_steps_are_the_best_of_all_settings(seed):
   )
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_fewest_blocks_are_the_fewest_of_all_settings(seed):
+  rng = np.random.default_rng(seed)
+  num_heads, num_budgets, target = 4, 4, 0.7
+  density = np.sort(rng.random((num_heads, num_budgets)), axis=1)
+  # Whole units of loss, so that rounding plays no part.
+  recall = np.sort(rng.integers(0, 21, (num_heads, num_budgets)), axis=1) / 20
+  recall[:, -1] = 1.0
+  heads = np.arange(num_heads)
+  index = calibration.fewest_blocks(density, recall, target, num_levels=24)
+  assert recall[heads, index].mean() >= target - 1e-9
+  expected = min(
+    density[heads, list(s)].mean()
+    for s in itertools.product(range(num_budgets), repeat=num_heads)
+    if recall[heads, list(s)].mean() >= target - 1e-9
+  )
+  assert density[heads, index].mean() == pytest.approx(expected)
+  # Of any losses, the target is kept, and no other rule is sparser.
+  recall = np.sort(rng.random((num_heads, num_budgets)), axis=1)
+  for rule in calibration.RULES:
+    other = calibration.choose_budgets(density, recall, 0.6, rule)
+    ours = calibration.choose_budgets(density, recall, 0.6, "fewest_blocks")
+    if recall[:, -1].mean() >= 0.6:
+      assert recall[heads, ours].mean() >= 0.6
+      if recall[heads, other].mean() >= 0.6:
+        assert density[heads, ours].mean() <= (
+          density[heads, other].mean() + 1e-9
+        )
+
+
 def test_a_greedy_search_would_miss_what_the_table_finds():
   # The first head loses nothing by two steps, though the first one costs.
   performance = np.array([[1.0, 0.5, 1.0], [1.0, 0.9, 0.8]])
