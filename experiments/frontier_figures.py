@@ -142,7 +142,7 @@ def frontier(here, sweeps, qualities, costs) -> bytes:
         axes.axvline(dense[cost], color="#1b1f24", linewidth=0.8, linestyle=":")
       if quality == "kl":
         axes.set_yscale("log")
-      elif quality == "relative_score":
+      elif quality.startswith("relative"):
         axes.axhline(1.0, color="#1b1f24", linewidth=0.8, linestyle=":")
       axes.set(xlabel=cost_label, ylabel=quality_label)
       axes.set_xlim(left=0.0)

@@ -81,17 +81,10 @@ def main(argv):
   console.print(vision_attention_report.table(rows))
   for line in vision_attention_report.refusals(found):
     console.print(line, highlight=False)
-  matched = {
-    where: frontier_figures.matched(
-      [row for row in rows if row["where"] == where],
-      config.all_sweeps,
-      config.matched_share,
-    )
-    for where in vision_attention_config.WHERES
-  }
+  matched = vision_attention_report.matched(config, rows)
   records.write_json(workdir / "matched.json", matched)
-  for where, lines in matched.items():
-    console.print(f"Sparse: {where}")
+  for name, lines in matched.items():
+    console.print(f"Sparse {name}")
     console.print(frontier_figures.matched_table(lines, config.matched_share))
   report = vision_attention_report.write(config, found, workdir)
   console.print(f"Report: {report}", soft_wrap=True)

@@ -24,7 +24,8 @@ _TITLES = {
   "both": "Both at once",
 }
 _QUALITY = (
-  ("relative_score", "right answers / dense ones"),
+  ("relative_frames", "scan and replay / dense"),
+  ("relative_sticker", "sticker / dense"),
   ("recall", "recall"),
   ("kl", "KL to dense, nats"),
 )

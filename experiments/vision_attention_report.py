@@ -14,6 +14,7 @@ import numpy as np
 import rich.table
 
 from experiments import (
+  frontier_figures,
   html_report,
   vision_attention_config,
   vision_attention_data,
@@ -25,6 +26,7 @@ COLUMNS = (
   ("score", "score", "{:.3f}"),
   *((kind, kind, "{:.3f}") for kind in vision_attention_data.KINDS),
   ("relative_score", "of dense", "{:.1%}"),
+  ("relative_frames", "scan, replay", "{:.1%}"),
   ("kl", "KL", "{:.4f}"),
   ("nominal_density", "density", "{:.3f}"),
   ("recall", "recall", "{:.4f}"),
@@ -80,7 +82,7 @@ def summarise(
       if answers:
         names = ("score", "kl", "agreement", *vision_attention_data.KINDS)
         row |= {name: answers[name] for name in names}
-        row["relative_score"] = row["score"] / base["score"]
+        row |= _relative(row, base)
       if label == dense:
         row |= dict.fromkeys(_QUALITY, 1.0)
       elif layers := by_key.get(("layers", label, where)):
@@ -106,29 +108,46 @@ def to_time(
 ) -> dict[str, list[str]]:
   """{site: labels of the points whose time is of interest}.
 
-  Of each sweep the sparsest point that keeps the share of the dense score, else
-  the fullest.
+  Of each sweep the sparsest point that keeps the share of the dense score, of
+  all questions and of those about frames; where none keeps it, the fullest.
   """
   result = {}
   for site in vision_attention_config.SITES:
     here = {row["pattern"]: row for row in rows if row["where"] == site}
-    result[site] = []
+    chosen = []
     for sweep in config.all_sweeps:
       points = [
         here[label]
         for label in sweep.points
         if "nominal_density" in here.get(label, {})
       ]
-      if points:
-        kept = [
-          row
-          for row in points
-          if row.get("relative_score", 0.0) >= config.matched_share
-        ]
-        points.sort(key=lambda row: row["nominal_density"])
-        best = min(kept, key=lambda row: row["nominal_density"], default=None)
-        result[site].append((best or points[-1])["pattern"])
+      points.sort(key=lambda row: row["nominal_density"])
+      for name in ("relative_score", "relative_frames"):
+        kept = [r for r in points if r.get(name, 0.0) >= config.matched_share]
+        chosen += [row["pattern"] for row in (kept[:1] or points[-1:])]
+    result[site] = list(dict.fromkeys(chosen))
   return result
+
+
+def matched(
+  config: vision_attention_config.VisionConfig, rows: Sequence[Row]
+) -> dict[str, list[Row]]:
+  """`frontier_figures.matched` by what is sparse and what is asked."""
+  found = {}
+  for where in vision_attention_config.WHERES:
+    for name, asked in (
+      ("relative_score", "all questions"),
+      ("relative_frames", "scan and replay"),
+    ):
+      here = [
+        row | {"relative_score": row.get(name, 0.0)}
+        for row in rows
+        if row["where"] == where
+      ]
+      found[f"{where}: {asked}"] = frontier_figures.matched(
+        here, config.all_sweeps, config.matched_share
+      )
+  return found
 
 
 def refusals(records: Sequence[Row]) -> list[str]:
@@ -206,6 +225,24 @@ def write(
   os.chmod(file.name, 0o644)
   os.replace(file.name, path)
   return path
+
+
+def _relative(row: Row, base: Row) -> dict[str, float]:
+  """Scores over those of dense attention; 0 where that has none."""
+  result = {}
+  for name, score in (
+    ("score", lambda r: r["score"]),
+    ("frames", _frames),
+    ("sticker", lambda r: r["sticker"]),
+  ):
+    reached = score(base)
+    result[f"relative_{name}"] = score(row) / reached if reached else 0.0
+  return result
+
+
+def _frames(row: Row) -> float:
+  """Score of the questions about frames, for which a block is little enough."""
+  return (row["scan"] + row["replay"]) / 2.0
 
 
 def _cells(row: Row) -> list[str]:
