@@ -8,7 +8,7 @@ Run:     python -m experiments.calibrate
            --config=configs/calibrate/xattention_steps.py --workdir=out/steps
 Device:  2 CPU cores, about 4 minutes, half of it compilation.
 Expect:  results/calibration_xattention_steps.json, at recall 0.9 in the mean of
-         64 heads; density on what it was chosen on, and on the test text:
+         48 heads; density on what it was chosen on, and on the test text:
            fewest_blocks   0.243, 0.146 (recall there 0.902)
            equal_slope     0.245, 0.148 (0.903)
            lowered_steps   0.275, 0.169 (0.902), mean threshold 0.767
