@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole path in under a minute on a CPU; its numbers mean nothing.
+"""The whole path in a minute or two on a CPU; its numbers mean nothing.
 
 Run:     python -m experiments.vision_attention
            --config=configs/vision_attention/smoke.py --workdir=out/smoke
