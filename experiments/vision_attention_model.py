@@ -70,8 +70,9 @@ class Block(nnx.Module):
       attention_fn=attention.as_flax_attention(attention_fn, causal=False),
       rngs=rngs,
     )
-    # Like looks for like from the start: the search then comes within 100
-    # steps, where without it it had not come in 250 (4 frames).
+    # Like looks for like from the start, sharply, and places are loud: of 4
+    # frames the search is then learnt in 100 steps. Not so in 250 with equal
+    # weights alone, nor without them.
     kernel = _SHARPNESS * self.attend.query.kernel[...]
     self.attend.query.kernel[...] = kernel
     self.attend.key.kernel[...] = jnp.copy(kernel)
