@@ -40,7 +40,10 @@ def main(argv):
   corpus = long_context_run.held_out_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.float32)
   num_layers = model.config.num_layers
-  for text in config.texts:
+  texts = [*config.texts]
+  if config.compare_rules and config.test_text not in texts:
+    texts.append(config.test_text)
+  for text in texts:
     if all((text, layer) in done for layer in range(num_layers)):
       continue
     calls = models.capture_qkv(model, config.tokens(corpus, text))
@@ -76,6 +79,11 @@ def main(argv):
       "single_budget_test": single
       and check(config, (single,) * num_layers, calls),
       "dense_below_ms": times,
+      **(
+        {"rules": calibrate_search.compare_rules(config, found)}
+        if config.compare_rules
+        else {}
+      ),
     },
   )
   path = run.workdir / "calibration.json"
@@ -122,6 +130,12 @@ def summary(calibration: attention.Calibration) -> list[str]:
         np.mean([row[x] for row in rows]) for x in ("density", "recall")
       )
       lines.append(f"{name}: density {density:.3f}, recall {recall:.4f}")
+  for row in calibration.evidence.get("rules", ()):
+    lines.append(
+      f"{row['rule']}, mean budget {row['budget']:.3f}: density "
+      f"{row['density']:.3f}, recall {row['recall']:.4f}; on the test text "
+      f"{row['test_density']:.3f}, {row['test_recall']:.4f}"
+    )
   lines.append(f"dense below {calibration.dense_below:,} keys")
   return lines
 

@@ -46,13 +46,18 @@ class CalibrateConfig:
     method: the pattern: one of `BUDGETS`, or "minference".
     settings: of the pattern, the same for all heads.
     rule: "equal_recall": every head reaches the target. "equal_slope": the mean
-      does, with the fewest blocks. "xattention_profiler": thresholds as
+      does, with few blocks. "fewest_blocks": likewise, with the fewest of all.
+      "lowered_steps": likewise, thresholds being lowered by XAttention's
+      dynamic programme along `budgets`, which must fall.
+      "xattention_profiler": thresholds as
       XAttention's released code finds them. "minference_recall",
       "minference_error": MInference's candidate of most recall, or of fewest
       large output errors, as in its two released searches.
     target_recall: mean recall aimed at; with "xattention_profiler", the share
       of each row that its blocks shall hold.
     budgets: values that are tried.
+    compare_rules: whether to measure every budget on the test text as well, and
+      to note what each rule of `calibration.RULES` would have come to there.
     candidates: heads that MInference's search tries.
     length: tokens of a text; a multiple of the pattern's blocks.
     texts: "code" or names of tasks; one text of each.
@@ -71,6 +76,7 @@ class CalibrateConfig:
   rule: str = "equal_recall"
   target_recall: float = 0.95
   budgets: tuple[float, ...] = ()
+  compare_rules: bool = False
   candidates: tuple = minference.CANDIDATES
   dense_lengths: tuple[int, ...] = ()
   seed: int = 0
@@ -95,6 +101,16 @@ class CalibrateConfig:
     )
     if self.rule in calibration.RULES:
       checks.require(len(self.budgets) > 1, "budgets", "hold 2 or more", ())
+    falls = list(self.budgets) == sorted(set(self.budgets), reverse=True)
+    checks.require(
+      self.rule != "lowered_steps" or falls, "budgets", "fall", self.budgets
+    )
+    checks.require(
+      not self.compare_rules or (self.rule in calibration.RULES and falls),
+      "compare_rules",
+      "be asked for with a rule that tries falling budgets",
+      self.budgets,
+    )
     checks.check_positive_int("length", self.length)
     for text in (*self.texts, self.test_text):
       checks.check_choice("texts", text, (_CODE, *tasks.TASKS))
@@ -191,7 +207,11 @@ def choose(
   """Settings of each layer, from the records of all texts."""
 
   def mean(layer, name):
-    values = [r[name] for r in found if r["layer"] == layer]
+    values = [
+      r[name]
+      for r in found
+      if r["layer"] == layer and r["text"] in config.texts
+    ]
     assert len(values) == len(config.texts), "every text was measured"
     return np.mean(values, axis=0)
 
@@ -207,8 +227,7 @@ def choose(
       for n in layers
     )
   density, recall = (
-    np.concatenate([mean(n, name) for n in layers])
-    for name in ("density", "recall")
+    _of_texts(found, name, config.texts) for name in ("density", "recall")
   )
   index = calibration.choose_budgets(
     density, recall, config.target_recall, config.rule
@@ -216,6 +235,63 @@ def choose(
   field = BUDGETS[config.method]
   return tuple(
     {field: tuple(float(config.budgets[i]) for i in row)} for row in index
+  )
+
+
+def compare_rules(
+  config: CalibrateConfig, found: Sequence[dict]
+) -> list[dict[str, Any]]:
+  """What each rule, and each budget for all heads, comes to on the test text.
+
+  Args:
+    config: the settings; `compare_rules` is set.
+    found: records of all texts, the test text among them.
+
+  Returns:
+    Rows with "rule" (or "budget"), the mean "budget" of the heads, and
+    "density" and "recall" on the texts it was chosen on and, with "test_"
+    before the name, on the test text.
+  """
+  tables = {
+    f"{prefix}{name}": _of_texts(found, name, texts)
+    for name in ("density", "recall")
+    for prefix, texts in (("", config.texts), ("test_", (config.test_text,)))
+  }
+  heads = np.arange(len(tables["density"]))
+  choices: list[tuple[str, np.ndarray]] = [
+    (
+      rule,
+      calibration.choose_budgets(
+        tables["density"], tables["recall"], config.target_recall, rule
+      ),
+    )
+    for rule in calibration.RULES
+  ]
+  choices += [
+    ("the same for all", np.full(len(heads), i))
+    for i in range(len(config.budgets))
+  ]
+  return [
+    {
+      "rule": rule,
+      "budget": float(np.mean([config.budgets[i] for i in index])),
+      **{name: float(x[heads, index].mean()) for name, x in tables.items()},
+    }
+    for rule, index in choices
+  ]
+
+
+def _of_texts(found, name, texts) -> np.ndarray:
+  """[all mask heads, budgets], mean over texts."""
+  layers = sorted({r["layer"] for r in found})
+  return np.concatenate(
+    [
+      np.mean(
+        [r[name] for r in found if r["layer"] == layer and r["text"] in texts],
+        axis=0,
+      )
+      for layer in layers
+    ]
   )
 
 
@@ -230,7 +306,10 @@ def single_budget(
   if config.rule not in calibration.RULES:
     return None
   density, recall = (
-    np.mean([np.mean(r[name], axis=0) for r in found], axis=0)
+    np.mean(
+      [np.mean(r[name], axis=0) for r in found if r["text"] in config.texts],
+      axis=0,
+    )
     for name in ("density", "recall")
   )
   reached = [

@@ -51,7 +51,7 @@ def all_figures(
         "share of token pairs that is kept. Right: against the measured time "
         "of one layer's attention, selection included; the dotted line is "
         "dense attention. Up (for KL, down) and to the left is better.",
-        _frontier(here, sweeps, qualities, costs),
+        frontier(here, sweeps, qualities, costs),
       )
 
 
@@ -132,7 +132,18 @@ def _budget(line: dict) -> str:
   return frontier_config.short(line.get("budget", "none"))
 
 
-def _frontier(here, sweeps, qualities, costs) -> bytes:
+def frontier(here, sweeps, qualities, costs) -> bytes:
+  """Qualities against costs, a line a sweep.
+
+  Args:
+    here: {label of a point: its row}, dense among them.
+    sweeps: the lines.
+    qualities: (name of a value, label of its axis), a row of pictures each.
+    costs: the same, a column each.
+
+  Returns:
+    A PNG.
+  """
   figure = figures.new_figure(5.2 * len(costs), 3.4 * len(qualities))
   grid = figure.subplots(len(qualities), len(costs), squeeze=False)
   style = figures.styles([{"pattern": s.label} for s in sweeps], first=2)
@@ -157,7 +168,7 @@ def _frontier(here, sweeps, qualities, costs) -> bytes:
         axes.axvline(dense[cost], color="#1b1f24", linewidth=0.8, linestyle=":")
       if quality == "kl":
         axes.set_yscale("log")
-      elif quality == "relative_score":
+      elif quality.startswith("relative"):
         axes.axhline(1.0, color="#1b1f24", linewidth=0.8, linestyle=":")
       axes.set(xlabel=cost_label, ylabel=quality_label)
       axes.set_xlim(left=0.0)

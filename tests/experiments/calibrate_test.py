@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.calibrate import default, minference, smoke
+from configs.calibrate import default, minference, smoke, xattention_steps
 from experiments import calibrate, calibrate_search, long_context_config
 from tests import helpers
 from unisparse_jax import attention, records
@@ -66,7 +66,48 @@ def test_writes_a_file_that_the_plug_in_loads(run_main, tmp_path, model_folder):
     long_context_config.LongContextConfig(model="m", **bad)
 
 
-@pytest.mark.parametrize("module", [default, minference, smoke])
+def test_rules_are_compared_on_text_that_none_of_them_saw(run_main, tmp_path):
+  workdir = tmp_path / "run"
+  budgets = (0.9, 0.7, 0.4)
+  run_main(
+    workdir,
+    method="xattention",
+    settings=dict(block_q=64, block_kv=64, stride=16),
+    rule="lowered_steps",
+    compare_rules=True,
+    target_recall=0.85,
+    length=128,
+    dense_lengths=(),
+    budgets=budgets,
+  )
+  found = attention.load_calibration(workdir / "calibration.json")
+  rows = records.read(workdir / "records.jsonl")
+  assert {r["text"] for r in rows} == {"code", "niah_single_1"}
+  by_text = {
+    text: {
+      name: np.concatenate([r[name] for r in rows if r["text"] == text])
+      for name in ("density", "recall")
+    }
+    for text in ("code", "niah_single_1")
+  }
+  # The choice is made on the texts alone.
+  index = calibration.choose_budgets(
+    **by_text["code"], target=0.85, rule="lowered_steps"
+  )
+  chosen = [budget for layer in found.layers for budget in layer["top_p"]]
+  assert chosen == [budgets[i] for i in index]
+  compared = found.evidence["rules"]
+  assert len(compared) == len(calibration.RULES) + len(budgets)
+  (row,) = [r for r in compared if r["rule"] == "lowered_steps"]
+  heads = np.arange(len(index))
+  test = by_text["niah_single_1"]["recall"][heads, index].mean()
+  assert row["test_recall"] == pytest.approx(test)
+  assert row["budget"] == pytest.approx(np.mean(chosen))
+
+
+@pytest.mark.parametrize(
+  "module", [default, minference, smoke, xattention_steps]
+)
 def test_configs_are_valid(module):
   calibrate_search.parse(module.get_config())
 
@@ -80,6 +121,8 @@ def test_configs_are_valid(module):
     (dict(method="minference"), r"rule must fit the method"),
     (dict(rule="xattention_profiler"), r"rule must fit the method"),
     (dict(budgets=(0.5,)), r"budgets must hold 2"),
+    (dict(rule="lowered_steps"), r"budgets must fall"),
+    (dict(compare_rules=True), r"compare_rules must be asked for"),
     (dict(budgets=(0.5, 2.0)), r"top_p must be in"),
     (dict(texts=("prose",)), r"texts must be a known name"),
     (dict(texts=()), r"texts must not be empty"),

@@ -33,7 +33,13 @@ class LayerQuality:
 
 
 def layer_quality(
-  pattern: attention.Pattern, q: Array, k: Array, v: Array, dense_out: Array
+  pattern: attention.Pattern,
+  q: Array,
+  k: Array,
+  v: Array,
+  dense_out: Array,
+  *,
+  causal: bool = True,
 ) -> LayerQuality:
   """Density, recall and output error of a pattern.
 
@@ -43,8 +49,9 @@ def layer_quality(
     k: [batch, kv_len, num_kv_heads, head_dim].
     v: as k.
     dense_out: dense attention of them, as q.
+    causal: whether a query sees only keys at or before its position.
   """
-  values = _quality(pattern, q, k, v, dense_out)
+  values = _quality(pattern, q, k, v, dense_out, causal=causal)
   return LayerQuality(**{name: float(x) for name, x in values.items()})
 
 
@@ -80,9 +87,9 @@ def mask_quality(
   return _summary(mask, out, recall, dense_out)
 
 
-@jax.jit(static_argnums=0)
-def _quality(pattern, q, k, v, dense_out):
-  mask = pattern.select(q, k)
+@jax.jit(static_argnums=0, static_argnames="causal")
+def _quality(pattern, q, k, v, dense_out, *, causal):
+  mask = pattern.select(q, k, causal=causal)
   out = attention.sparse_attention(q, k, v, mask)
   recall = attention.metrics.recall(q, k, mask)
   return _summary(mask, out, recall, dense_out)

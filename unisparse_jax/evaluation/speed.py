@@ -36,6 +36,7 @@ def time_attention(
   k: Array,
   v: Array,
   *,
+  causal: bool = True,
   repeats: int = 5,
   warmup: int = 1,
 ) -> AttentionTime:
@@ -46,14 +47,18 @@ def time_attention(
     q: [batch, q_len, num_heads, head_dim], from `models.capture_qkv`.
     k: [batch, kv_len, num_kv_heads, head_dim].
     v: as k.
+    causal: whether a query sees only keys at or before its position.
     repeats: timed calls, of which the median counts.
     warmup: calls before them.
   """
   measure = functools.partial(timing.measure, repeats=repeats, warmup=warmup)
-  whole = measure(jax.jit(attention_fn), q, k, v)
+  attend_all = functools.partial(attention_fn, causal=causal)
+  whole = measure(jax.jit(attend_all), q, k, v)
   select_ms, attend_ms = 0.0, whole.median_ms
   if isinstance(attention_fn, attention.SparseAttention):
-    select = jax.jit(attention_fn.pattern.select)
+    select = jax.jit(
+      functools.partial(attention_fn.pattern.select, causal=causal)
+    )
     select_ms = measure(select, q, k).median_ms
     attend = functools.partial(
       attention.sparse_attention, implementation=attention_fn.implementation

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import jax
@@ -67,6 +68,80 @@ def test_budgets_that_do_not_fit_are_refused():
     calibration.choose_budgets(np.ones((1, 2)), np.ones((1, 1)), 0.9)
   with pytest.raises(ValueError, match="target must be in"):
     calibration.choose_budgets(np.ones((1, 1)), np.ones((1, 1)), 1.5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lowered_steps_are_the_best_of_all_settings(seed):
+  rng = np.random.default_rng(seed)
+  num_heads, num_budgets = 4, 4
+  # Falling, as recall is; or any, with equal ones, of which a greedy search
+  # that takes the best single step misses the best pair.
+  performance = rng.integers(0, 6, (num_heads, num_budgets)) / 8.0
+  if seed % 2:
+    performance = -np.sort(-rng.random((num_heads, num_budgets)), axis=1)
+  settings = list(itertools.product(range(num_budgets), repeat=num_heads))
+  heads = np.arange(num_heads)
+  best, steps = calibration.lower_steps(performance)
+  assert steps.shape == (num_heads * (num_budgets - 1) + 1, num_heads)
+  for count in range(len(best)):
+    assert steps[count].sum() == count
+    assert performance[heads, steps[count]].sum() == pytest.approx(best[count])
+    expected = max(
+      performance[heads, list(s)].sum() for s in settings if sum(s) == count
+    )
+    assert best[count] == pytest.approx(expected)
+
+  # The rule takes the sparsest of these that reaches the target.
+  density = -np.sort(-rng.random((num_heads, num_budgets)), axis=1)
+  target = float(np.clip(performance.mean(), 0.1, 1.0))
+  index = calibration.choose_budgets(
+    density, performance, target, "lowered_steps"
+  )
+  allowed = [s for s in steps if performance[heads, s].mean() >= target - 1e-9]
+  assert performance[heads, index].mean() >= target - 1e-9
+  assert density[heads, index].mean() == pytest.approx(
+    min(density[heads, s].mean() for s in allowed)
+  )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fewest_blocks_are_the_fewest_of_all_settings(seed):
+  rng = np.random.default_rng(seed)
+  num_heads, num_budgets, target = 4, 4, 0.7
+  density = np.sort(rng.random((num_heads, num_budgets)), axis=1)
+  # Whole units of loss, so that rounding plays no part.
+  recall = np.sort(rng.integers(0, 21, (num_heads, num_budgets)), axis=1) / 20
+  recall[:, -1] = 1.0
+  heads = np.arange(num_heads)
+  index = calibration.fewest_blocks(density, recall, target, num_levels=24)
+  assert recall[heads, index].mean() >= target - 1e-9
+  expected = min(
+    density[heads, list(s)].mean()
+    for s in itertools.product(range(num_budgets), repeat=num_heads)
+    if recall[heads, list(s)].mean() >= target - 1e-9
+  )
+  assert density[heads, index].mean() == pytest.approx(expected)
+  # Of any losses, the target is kept, and no other rule is sparser.
+  recall = np.sort(rng.random((num_heads, num_budgets)), axis=1)
+  for rule in calibration.RULES:
+    other = calibration.choose_budgets(density, recall, 0.6, rule)
+    ours = calibration.choose_budgets(density, recall, 0.6, "fewest_blocks")
+    if recall[:, -1].mean() >= 0.6:
+      assert recall[heads, ours].mean() >= 0.6
+      if recall[heads, other].mean() >= 0.6:
+        assert density[heads, ours].mean() <= (
+          density[heads, other].mean() + 1e-9
+        )
+
+
+def test_a_greedy_search_would_miss_what_the_table_finds():
+  # The first head loses nothing by two steps, though the first one costs.
+  performance = np.array([[1.0, 0.5, 1.0], [1.0, 0.9, 0.8]])
+  best, steps = calibration.lower_steps(performance)
+  np.testing.assert_allclose(best, [2.0, 1.9, 2.0, 1.9, 1.8])
+  np.testing.assert_array_equal(steps[2], [2, 0])
+  with pytest.raises(ValueError, match=r"performance must have shape"):
+    calibration.lower_steps(np.ones(3))
 
 
 def test_xattention_threshold_on_a_map_by_hand():

@@ -231,6 +231,69 @@ def oracle(problem, *, top_p, head_group):
   return problem.cut(kept), None
 
 
+def composite_scores(problem, first, group, window_q, window_kv):
+  """By row and block: attention of each composite query, and its tokens.
+
+  Composites are means over tokens and over the query heads first, ...,
+  first + group - 1, or the key heads that these read. No causality.
+  """
+  kv_heads = sorted({h // problem.group for h in range(first, first + group)})
+  queries = problem.q[:, first : first + group].mean(1)
+  keys = problem.k[:, kv_heads].mean(1)
+  counts, means = [], []
+  for start in range(0, problem.kv_len, window_kv):
+    members = keys[start : start + window_kv]
+    counts.append(len(members))
+    means.append(members.mean(0))
+  for i in range(problem.q_blocks):
+    rows, sizes = [], []
+    tokens = problem.queries_of(i)
+    for start in range(tokens.start, tokens.stop, window_q):
+      members = queries[start : min(start + window_q, tokens.stop)]
+      logits = np.stack(means) @ members.mean(0) / math.sqrt(problem.dim)
+      # A ragged composite stands for fewer keys.
+      logits += np.log(np.array(counts) / window_kv)
+      p = np.exp(logits - logits.max())
+      p /= p.sum()
+      rows.append(by_block(p, problem.block_kv // window_kv))
+      sizes.append(len(members))
+    yield i, np.array(rows), np.array(sizes)
+
+
+def unisparse(problem, *, top_p, window_q, window_kv, head_group):
+  assert not problem.causal
+  kept = problem.empty()
+  group = head_group or problem.group
+  for first in range(0, problem.num_heads, group):
+    for i, rows, sizes in composite_scores(
+      problem, first, group, window_q, window_kv
+    ):
+      scores = (rows * sizes[:, None]).sum(0) / sizes.sum()
+      for head in range(first, first + group):
+        share = per_head(top_p, first // group)
+        keep_with_forced(kept[head, i], scores, set(), share)
+  return kept, None
+
+
+def unisparse_threshold(
+  problem, *, min_score, over_queries, window_q, window_kv, head_group
+):
+  assert not problem.causal
+  kept = problem.empty()
+  group = head_group or problem.group
+  for first in range(0, problem.num_heads, group):
+    limit = per_head(min_score, first // group) / problem.kv_blocks
+    for i, rows, sizes in composite_scores(
+      problem, first, group, window_q, window_kv
+    ):
+      scores = rows.max(0)
+      if over_queries == "mean":
+        scores = (rows * sizes[:, None]).sum(0) / sizes.sum()
+      is_kept = (scores >= limit) | (scores == scores.max())
+      kept[first : first + group, i] = is_kept
+  return kept, None
+
+
 def minference(
   problem, *, heads, num_last, min_columns, min_slashes, num_near_slashes
 ):

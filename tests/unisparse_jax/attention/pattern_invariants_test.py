@@ -54,7 +54,15 @@ ALL = {
   "unisparse_threshold": dict(min_score=0.0),
 }
 ONLY_CAUSAL = ("flexprefill", "minference")
-BIDIRECTIONAL = ("unisparse", "xattention", "sample_attention_v1", "oracle")
+BIDIRECTIONAL = (
+  "oracle",
+  "random_blocks",
+  "sample_attention",
+  "sample_attention_v1",
+  "unisparse",
+  "unisparse_threshold",
+  "xattention",
+)
 
 
 def make(name, **settings):

@@ -213,6 +213,23 @@ def test_streaming_is_this_matrix():
   )
 
 
+def test_a_bidirectional_window_has_two_sides():
+  q, k, _ = helpers.make_qkv(q_len=80, kv_len=96)
+  mask = attention.Streaming(
+    num_sink=1, num_local=16, block_q=16, block_kv=16
+  ).select(q, k, causal=False, kv_len=90)
+  np.testing.assert_array_equal(
+    mask.to_dense()[0, 0],
+    [
+      [1, 1, 0, 0, 0, 0],
+      [1, 1, 1, 0, 0, 0],
+      [1, 1, 1, 1, 0, 0],
+      [1, 0, 1, 1, 1, 0],
+      [1, 0, 0, 1, 1, 1],
+    ],
+  )
+
+
 def test_select_and_attend_compile_once_a_shape():
   traces = []
 

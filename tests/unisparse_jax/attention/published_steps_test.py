@@ -61,14 +61,46 @@ CASES = {
   ),
   "oracle": dict(top_p=0.5, head_group=1, **BLOCKS),
   "oracle wide": dict(top_p=(0.4, 0.7), head_group=2, **WIDE_KEYS),
+  "unisparse": dict(
+    top_p=0.5, window_q=8, window_kv=4, head_group=None, **BLOCKS
+  ),
+  "unisparse wide": dict(
+    top_p=(0.3, 0.5, 0.7, 0.9),
+    window_q=16,
+    window_kv=8,
+    head_group=1,
+    **WIDE_KEYS,
+  ),
+  "unisparse_threshold": dict(
+    min_score=(1.1, 0.9),
+    over_queries="mean",
+    window_q=8,
+    window_kv=8,
+    head_group=2,
+    **BLOCKS,
+  ),
+  "unisparse_threshold max": dict(
+    min_score=1.5,
+    over_queries="max",
+    window_q=4,
+    window_kv=4,
+    head_group=1,
+    **WIDE_KEYS,
+  ),
 }
 BIDIRECTIONAL = (
   "sample_attention",
   "sample_attention_v1",
   "xattention",
+  "xattention wide",
   "oracle",
+  "unisparse",
+  "unisparse wide",
+  "unisparse_threshold",
+  "unisparse_threshold max",
 )
-RUNS = [(case, True) for case in CASES]
+# Causal UniSparse has a test of its own, by a loop over its scores.
+RUNS = [(case, True) for case in CASES if "unisparse" not in case]
 RUNS += [(case, False) for case in BIDIRECTIONAL]
 
 

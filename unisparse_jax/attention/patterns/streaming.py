@@ -15,7 +15,8 @@ class Streaming:
 
   Attributes:
     num_sink: first tokens that every query keeps.
-    num_local: tokens before its own that every query keeps.
+    num_local: tokens before its own that every query keeps; without causality,
+      as many after it.
     block_q: queries per block.
     block_kv: keys per block.
 
@@ -47,9 +48,14 @@ class Streaming:
       q_offset=q_offset,
       kv_len=kv_len,
     )
+    num_local_blocks = math.ceil(self.num_local / self.block_kv)
     kept = scoring.forced_blocks(
       grid,
       num_sink_blocks=math.ceil(self.num_sink / self.block_kv),
-      num_local_blocks=math.ceil(self.num_local / self.block_kv),
+      num_local_blocks=num_local_blocks,
     )
+    if not causal:
+      _, last, key = grid.bounds()
+      near = key <= last + num_local_blocks * self.block_kv
+      kept |= (key > last) & near & grid.admissible()
     return block_mask.BlockMask.from_dense(grid, kept[:, None])
