@@ -14,7 +14,9 @@ Device:  one H100 and 16 CPU cores: 10 minutes, and 2 to tokenise. The run fits
          its budget; a stage gets the share of the time that its steps have of
          all tokens. Expected tokens/s at 2K, 8K, 32K and 128K, from those of
          the shipped model by floating-point operations: 1.0M, 0.55M, 0.2M and
-         0.06M, hence about 210M, 70M, 30M and 6M tokens.
+         0.06M, hence about 210M, 70M, 30M and 6M tokens. Memory: a step at
+         128K takes 67 GB as compiled for a CPU, which widens bfloat16 (9 GB
+         with remat): less on the card.
 Expect:  to be filled from the first recorded run.
 """
 

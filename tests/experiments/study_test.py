@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.attention_speed import captured_smoke
+from configs.attention_speed import captured, captured_smoke
+from configs.calibrate_answers import study as calibrate_study
+from configs.calibrate_answers import study_smoke as calibrate_smoke
 from configs.capture_attention import smoke as capture_smoke
+from configs.capture_attention import study as capture_study
 from configs.frontier import study
 from configs.train_decoder import study as study_model
 from experiments import (
   attention_speed_captured,
   attention_speed_config,
+  calibrate_answers_search,
   capture_attention,
   flags_and_configs,
   frontier,
@@ -168,14 +172,12 @@ def test_captured_layers_are_timed_with_their_masks(
   config = capture_smoke.get_config()
   config.model = str(model_folder)
   config.layers = (1,)
-  captured = flags_and_configs.to_dataclass(
+  settings = flags_and_configs.to_dataclass(
     capture_attention.CaptureConfig, config, name="config"
   )
-  lines = list(capture_attention.capture(captured, str(tmp_path / "captured")))
-  assert len(lines) == 1
-  assert not list(
-    capture_attention.capture(captured, str(tmp_path / "captured"))
-  )
+  folder = str(tmp_path / "captured")
+  assert len(list(capture_attention.capture(settings, folder))) == 1
+  assert not list(capture_attention.capture(settings, folder))
   assert capture_attention.found_in(tmp_path / "captured") == [(512, 1)]
   q, k, _ = capture_attention.load(tmp_path / "captured", 512, 1)
   assert (q.shape, k.shape) == ((1, 512, 4, 16), (1, 512, 2, 16))
@@ -223,3 +225,25 @@ def test_a_matched_line_becomes_its_pattern_again():
   (expected,) = sweeps.entries()
   del expected["measure"]
   assert attention_speed_captured.pattern_of(line) == expected
+
+
+def test_configs_of_the_study_agree():
+  for module in (captured, captured_smoke):
+    attention_speed_config.parse(module.get_config("out"))
+  for module in (calibrate_study, calibrate_smoke):
+    calibrate_answers_search.parse(module.get_config("out"))
+  settings = flags_and_configs.to_dataclass(
+    capture_attention.CaptureConfig, capture_study.get_config(), name="config"
+  )
+  num_layers = study_model.get_config().model.num_layers
+  assert max(settings.layers) < num_layers
+  # What is calibrated is compiled as the sweep beside it.
+  calibrated = calibrate_study.get_config()
+  (scorer,) = calibrated.scorers
+  (beside,) = (
+    sweep
+    for sweep in study.get_config().sweeps
+    if sweep["method"] == "unisparse_threshold"
+  )
+  both = calibrated.settings.to_dict() | dict(scorer)
+  assert both == {name: beside[name] for name in both}
