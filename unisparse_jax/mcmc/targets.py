@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import checks
+from unisparse_jax.mcmc import checks, preconditioner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,16 +61,21 @@ def gaussian(
   dim = mean64.shape[0]
   checks.check_shape("covariance", covariance64, ("dim", "dim"), (dim, dim))
   checks.check_covariance("covariance", covariance64)
-  # Symmetric root: exact to rounding in its own eigenbasis, so that a condition
-  # number of 1e6 costs the square root of it in digits.
+  # By its eigenvectors, as `preconditioner.eigen` has them: exact to rounding
+  # in its own eigenbasis, so that a condition number of 1e6 costs the square
+  # root of it in digits.
   value, vector = np.linalg.eigh(covariance64)
+  vector = preconditioner.orthonormal(vector)
   mean_ = jnp.asarray(mean64, dtype)
   dtype = mean_.dtype
   root = jnp.asarray(vector * np.sqrt(value), dtype)
-  inverse_root = jnp.asarray((vector / np.sqrt(value)).T, dtype)
+  vectors, scale = (
+    jnp.asarray(vector, dtype),
+    jnp.asarray(np.sqrt(value), dtype),
+  )
 
   def logdensity_fn(position):
-    white = inverse_root @ (position - mean_)
+    white = ((position - mean_) @ vectors) / scale
     return -0.5 * jnp.sum(white**2)
 
   def sample(rng_key, num_draws):
