@@ -51,7 +51,7 @@ def build_init(
   floor: float = 1e-6,
   sharpness: float = 1e6,
 ) -> Callable:
-  """(position, logdensity_fn, coordinates=None) -> state, for `build_kernel`."""
+  """(position, logdensity_fn, coordinates) -> state; see `build_kernel`."""
   point = _build_point(treatment, curvature_fn, floor, sharpness)
 
   def init(position, logdensity_fn, coordinates=None):
