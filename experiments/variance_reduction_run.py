@@ -209,4 +209,10 @@ def both(a, b):
   def flush(carry):
     return a.flush(carry[0]), b.flush(carry[1])
 
-  return mcmc.base.Collector(update, flush)
+  def open_both(carry, batch_size, *parameters):
+    return tuple(
+      one if c.open is None else c.open(one, batch_size, *parameters)
+      for c, one in zip((a, b), carry, strict=True)
+    )
+
+  return mcmc.base.Collector(update, flush, open_both)

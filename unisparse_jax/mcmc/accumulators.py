@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unisparse_jax.mcmc import base, checks
@@ -213,6 +214,92 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
   )
 
 
+class OpenBatch(NamedTuple):
+  """A batch in the making, in as few and as plain sums as there can be.
+
+  One array for every row and family of test functions: rows that are stacked
+  first cost more than the terms themselves. Control variates have means near 0
+  and are summed as they are, functions about the accumulator's centre.
+
+  Attributes:
+    accumulator: of the batches before.
+    count: steps of this batch.
+    centres: of each family's functions.
+    sums: [row][family].
+    products: [pair of rows i <= j][family].
+  """
+
+  accumulator: Accumulator
+  count: Int[Array, ""]
+  centres: tuple
+  sums: tuple
+  products: tuple
+
+
+def open_batch(
+  accumulator: Accumulator, count: int, sizes: tuple[int, ...]
+) -> OpenBatch:
+  """An empty batch.
+
+  Args:
+    accumulator: whose current batch is empty.
+    count: steps that will be added, all of them before `close_batch`.
+    sizes: functions of each family.
+  """
+  rows, kept = accumulator.centre.shape[0], accumulator.batch_products.shape[0]
+  none = tuple(jnp.zeros((size,), dtype()) for size in sizes)
+  ends = np.cumsum(sizes)[:-1].tolist()
+  return OpenBatch(
+    accumulator,
+    jnp.asarray(count, accumulator.batch_count.dtype),
+    tuple(jnp.split(accumulator.centre[0], ends)),
+    (none,) * rows,
+    (none,) * (kept * (kept + 1) // 2),
+  )
+
+
+def add_to_batch(
+  batch: OpenBatch, values: tuple, control_variates: tuple
+) -> OpenBatch:
+  """Adds one step: values [family] and control variates [term][family]."""
+  cast = lambda x: x.astype(dtype())  # noqa: E731
+  rows = (values, *control_variates)
+  rows = [tuple(map(cast, row)) for row in rows]
+  rows[0] = tuple(
+    x - centre for x, centre in zip(rows[0], batch.centres, strict=True)
+  )
+
+  def plus(sums, added):
+    return tuple(a + b for a, b in zip(sums, added, strict=True))
+
+  kept = batch.accumulator.batch_products.shape[0]
+  pairs = [(rows[i], rows[j]) for i in range(kept) for j in range(i, kept)]
+  added = [tuple(a * b for a, b in zip(x, y, strict=True)) for x, y in pairs]
+  return batch._replace(
+    sums=tuple(map(plus, batch.sums, rows)),
+    products=tuple(map(plus, batch.products, added)),
+  )
+
+
+def close_batch(batch: OpenBatch) -> Accumulator:
+  """The accumulator with this batch, all of whose steps were added."""
+  accumulator = batch.accumulator
+  kept = accumulator.batch_products.shape[0]
+  where = np.zeros((kept, kept), np.int32)
+  where[np.triu_indices(kept)] = np.arange(len(batch.products))
+  where = np.maximum(where, where.T)
+  products = jnp.stack([jnp.concatenate(pair) for pair in batch.products])
+  centre = accumulator.centre
+  return flush(
+    accumulator._replace(
+      centre=jnp.concatenate([centre[:1], jnp.zeros_like(centre[1:])]),
+      batch_count=batch.count,
+      batch_sum=jnp.stack([jnp.concatenate(row) for row in batch.sums]),
+      batch_products=products[where],
+    )
+  )
+
+
 def collector(term_fn: Any) -> base.Collector:
   """The collector of `base.run_chains` for one set of terms.
 
@@ -281,8 +368,10 @@ def reduce_chains(moments: Moments) -> Moments:
 
 
 def _add(a, b, low):
-  """a + b with the rounding error added to `low`."""
+  """a + b with the rounding error added to `low`, where it matters."""
   total = a + b
+  if total.dtype == jnp.float64:
+    return total, low
   part = total - a
   error = (a - (total - part)) + (b - part)
   return total, low + error

@@ -51,10 +51,14 @@ class Collector(NamedTuple):
   Attributes:
     update: (carry, state, info, *parameters) -> carry, after every step.
     flush: carry -> carry, after every batch of steps.
+    open: (carry, batch_size, *parameters) -> what `update` takes and gives
+      during a batch, and `flush` turns into a carry; None where that is the
+      carry itself.
   """
 
   update: Callable
   flush: Callable
+  open: Callable | None = None
 
 
 class RunStats(NamedTuple):
@@ -122,7 +126,8 @@ def _one_step(step, collector, trace, parameters, collector_parameters):
   return jax.vmap(one_chain)
 
 
-def _one_batch(make_step, step, parameters, collector, batch_size, draw_ahead):
+def _one_batch(make_step, step, parameters, collected, batch_size, draw_ahead):
+  collector, collector_parameters = collected
   split = jax.vmap(jax.random.split)
   unroll = _UNROLL_AHEAD.get(jax.default_backend(), _UNROLL_AHEAD_ELSEWHERE)
 
@@ -152,7 +157,13 @@ def _one_batch(make_step, step, parameters, collector, batch_size, draw_ahead):
     )
     return (rng_keys, *rest), kept
 
+  def open_one(carry):
+    return collector.open(carry, batch_size, *collector_parameters)
+
   def one_batch(loop_carry, _=None):
+    if collector is not None and collector.open is not None:
+      *rest, carry = loop_carry
+      loop_carry = (*rest, jax.vmap(open_one)(carry))
     if draw_ahead > 1 and isinstance(step, TwoPhase):
       loop_carry, kept = jax.lax.scan(
         from_noise, loop_carry, None, length=batch_size // draw_ahead
@@ -171,20 +182,29 @@ def _one_batch(make_step, step, parameters, collector, batch_size, draw_ahead):
   return one_batch
 
 
-def _run(loop, rng_keys, step, state, parameters, collector, carry, more):
+def _run(
+  loop, rng_keys, step, state, num_batches, parameters, collector, carry, more
+):
   collector_parameters, batch_size, trace, draw_ahead = more
 
   def make_step(step):
     return _one_step(step, collector, trace, parameters, collector_parameters)
 
   one_batch = _one_batch(
-    make_step, step, parameters, collector, batch_size, draw_ahead
+    make_step,
+    step,
+    parameters,
+    (collector, collector_parameters),
+    batch_size,
+    draw_ahead,
   )
   stats = jax.vmap(lambda _: _empty_stats())(rng_keys)
   start = (rng_keys, state, stats, carry)
   (rng_keys, state, stats, carry), kept = loop(one_batch, start)
-  mean = stats.acceptance_rate / stats.num_steps.astype(jnp.float32)
-  stats = stats._replace(acceptance_rate=mean)
+  # Known without counting: one array less in every step.
+  steps = jnp.full_like(stats.num_steps, batch_size) * num_batches
+  mean = stats.acceptance_rate / steps.astype(jnp.float32)
+  stats = stats._replace(num_steps=steps, acceptance_rate=mean)
   return Run(state, rng_keys, stats, carry, kept)
 
 
@@ -198,7 +218,9 @@ def run_untraced(
 
     return jax.lax.fori_loop(0, num_batches, body, start), None
 
-  return _run(loop, rng_keys, step, state, parameters, collector, carry, more)
+  return _run(
+    loop, rng_keys, step, state, num_batches, parameters, collector, carry, more
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 5, 8, 9, 10))
@@ -211,7 +233,9 @@ def run_traced(
       lambda x: x.reshape(-1, *x.shape[2:]), kept
     )  # [num_batches, batch_size, ...] -> [num_steps, ...]
 
-  return _run(loop, rng_keys, step, state, parameters, collector, carry, more)
+  return _run(
+    loop, rng_keys, step, state, num_batches, parameters, collector, carry, more
+  )
 
 
 def _empty_stats() -> RunStats:
@@ -231,7 +255,7 @@ def _update_stats(stats: RunStats, info: Any) -> RunStats:
     size = jnp.abs(log_ratio).astype(jnp.float32)
     size = jnp.where(jnp.isfinite(size), size, 0)
   return RunStats(
-    stats.num_steps + 1,
+    stats.num_steps,
     stats.acceptance_rate + acceptance_rate,
     stats.num_accepted + is_accepted.astype(jnp.int32),
     stats.num_nonfinite + (~is_finite).astype(jnp.int32),
