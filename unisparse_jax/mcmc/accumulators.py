@@ -174,18 +174,12 @@ def flush(accumulator: Accumulator) -> Accumulator:
     Moments(count, mean, mean_low, products, jnp.zeros_like(products)),
   )
   fold = accumulator.num_batches % NUM_FOLDS
-  rows, num_functions = mean.shape
-  no_products = jnp.zeros((rows, rows, num_functions), dtype())
   one = jnp.where(count > 0, jnp.ones((), dtype()), 0)
-
-  def into_fold(moments, number):
-    weight = jnp.where(fold == number, one, 0)
-    batch = Moments(weight, mean, mean_low, no_products, no_products)
-    return merge_moments(moments, batch)
-
-  batches = jax.vmap(into_fold)(
-    accumulator.batches, jnp.arange(NUM_FOLDS, dtype=jnp.int32)
-  )
+  batches = jax.vmap(
+    lambda moments, number: _merge_one(
+      moments, jnp.where(fold == number, one, 0), mean, mean_low
+    )
+  )(accumulator.batches, jnp.arange(NUM_FOLDS, dtype=jnp.int32))
   return Accumulator(
     centre=jnp.where(count > 0, steps.mean, accumulator.centre),
     batch_count=jnp.zeros_like(accumulator.batch_count),
@@ -349,6 +343,22 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     b,
     Moments(count, mean, mean_low, products, products_low),
   )
+
+
+def _merge_one(moments, weight, mean, mean_low):
+  """`merge_moments` with one observation, or with none where weight is 0."""
+  count = moments.count + weight
+  share = weight / jnp.maximum(count, 1)
+  delta = (mean - moments.mean) + (mean_low - moments.mean_low)
+  delta = jnp.where(weight > 0, delta, 0)
+  scaled = moments.count * share * delta
+  # Once for each row, not once for each pair of rows.
+  delta, scaled = jax.lax.optimization_barrier((delta, scaled))
+  new_mean, new_low = _add(moments.mean, share * delta, moments.mean_low)
+  products, products_low = _add(
+    moments.products, scaled[:, None] * delta[None], moments.products_low
+  )
+  return Moments(count, new_mean, new_low, products, products_low)
 
 
 def reduce_chains(moments: Moments) -> Moments:
