@@ -27,6 +27,8 @@ class Row:
     num_steps: of each chain, after warm-up.
     repeats: of the run; the first of two programs' runs is not timed.
     max_coordinates: evenly spaced ones whose ESS is taken, at most.
+    shorter: samplers with a tenth of the steps: a step of NUTS moves farther
+      and costs more, and ESS per second does not depend on their number.
   """
 
   target: str
@@ -36,6 +38,15 @@ class Row:
   num_steps: int = 2000
   repeats: int = 10
   max_coordinates: int = 256
+  shorter: tuple[str, ...] = ()
+
+  def of(self, name: str) -> "Row":
+    """The row as this sampler runs it."""
+    if name not in self.shorter:
+      return self
+    return dataclasses.replace(
+      self, warm_up=self.warm_up // 10, num_steps=self.num_steps // 10
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,6 +54,7 @@ class _Running:
   """A sampler after warm-up, and what its timed runs gave."""
 
   sampler: mcmc_peers.Sampler
+  row: Row
   trace: Any
   rng_key: Any
   state: Any
@@ -75,7 +87,7 @@ def measure(
   for number in range(row.repeats + 1):
     for one in running:
       # The first run compiles: it serves as warm-up and is dropped.
-      _repeat(one, row, keep=number > 0)
+      _repeat(one, keep=number > 0)
   return [(_summary(one), one.one_chain) for one in running]
 
 
@@ -107,6 +119,7 @@ def _warm_up(sampler, problem, row: Row, seed: int) -> _Running:
 
   return _Running(
     sampler=sampler,
+    row=row,
     trace=trace,
     rng_key=rng_key,
     state=state,
@@ -114,7 +127,8 @@ def _warm_up(sampler, problem, row: Row, seed: int) -> _Running:
   )
 
 
-def _repeat(one: _Running, row: Row, *, keep: bool):
+def _repeat(one: _Running, *, keep: bool):
+  row = one.row
   start, cpu_start = time.perf_counter(), time.process_time()
   run = mcmc.run_chains(
     one.rng_key,
@@ -151,6 +165,7 @@ def _summary(one: _Running) -> dict:
   cpu_seconds = np.array(one.cpu_seconds)
   lowest, middle = sizes.min(1), np.median(sizes, axis=1)
   return {
+    "num_steps": one.row.num_steps,
     "step_size": float(one.step_size),
     "acceptance_rate": float(np.mean(one.rates)),
     "min_ess": float(np.median(lowest)),

@@ -22,24 +22,26 @@ def get_config():
     "mala",
     "nuts",
   )
-  # The last two need the matrix; the others multiply by FFT.
-  cox = (
-    "gi_latent_gaussian",
-    "elliptical_slice",
-    "pcn",
-    "mala",
-    "nuts",
-    "gi_latent_gaussian@cox_dense:64",
-    "mgrad_gaussian@cox_dense:64",
-  )
+  cox = ("gi_latent_gaussian", "elliptical_slice", "pcn", "mala", "nuts")
+  # These need the matrix; the others multiply by FFT.
+  dense = ("gi_latent_gaussian", "mgrad_gaussian")
   config.rows = (
     dict(target="gp:breast_cancer_mean:270", samplers=gp, repeats=5),
     dict(
       target="cox:64",
       samplers=cox,
-      warm_up=300,
-      num_steps=400,
+      shorter=("nuts",),
+      warm_up=1500,
+      num_steps=3000,
       repeats=2,
+      max_coordinates=128,
+    ),
+    dict(
+      target="cox_dense:64",
+      samplers=dense,
+      warm_up=500,
+      num_steps=1500,
+      repeats=1,
       max_coordinates=128,
     ),
   )
