@@ -131,6 +131,12 @@ def test_nothing_is_left(sampler, x64):
     # Measured: 6e-14 and 3e-14 at most.
     assert ratio < 1e-11
     assert np.max(sd) < 1e-12
+  if sampler is gi_mala:
+    # The noise of the usual Langevin proposal, 2 step_size A, is another A.
+    wrong = 2 / (2 - GAMMAS[0])
+    ratio, sd = run(sampler, target, wrong * covariance, GAMMAS[0], jnp.float64)
+    assert ratio > 0.1
+    assert np.min(sd[:4]) > 1e-3
 
 
 @pytest.mark.parametrize(
