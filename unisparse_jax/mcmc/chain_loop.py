@@ -18,8 +18,8 @@ _NUMBERS_AHEAD_ELSEWHERE = 2**25
 # are read and written once a body, and the longer body takes longer to compile.
 # (CPU, 100 chains of 31 coefficients: 3% less time for a step, and control
 # variates cost 2.4% in place of 5.1%, with squares 5.2% in place of 7.5%.)
-_UNROLL_AHEAD = {"cpu": 2}
-_UNROLL_AHEAD_ELSEWHERE = 5
+UNROLL_AHEAD = {"cpu": 2}
+UNROLL_AHEAD_ELSEWHERE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _one_step(step, collector, trace, parameters, collector_parameters):
 def _one_batch(make_step, step, parameters, collected, batch_size, draw_ahead):
   collector, collector_parameters = collected
   split = jax.vmap(jax.random.split)
-  unroll = _UNROLL_AHEAD.get(jax.default_backend(), _UNROLL_AHEAD_ELSEWHERE)
+  unroll = UNROLL_AHEAD.get(jax.default_backend(), UNROLL_AHEAD_ELSEWHERE)
 
   def next_keys(rng_keys, _=None):
     pairs = split(rng_keys)
