@@ -4,8 +4,8 @@
 Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/latent.py --workdir=out/latent
 Device:  2 CPU cores, about 25 minutes; 4 GiB.
-Expect:  results/sampler_efficiency_latent_cpu.jsonl, when step sizes on Cox processes
-         aimed at acceptance 0.82.
+Expect:  results/sampler_efficiency_latent_cpu.jsonl, whose step sizes on the
+         Cox process aimed at acceptance 0.82.
 """
 
 import ml_collections
