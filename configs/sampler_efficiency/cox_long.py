@@ -4,7 +4,7 @@
 Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/cox_long.py --workdir=out/cox
 Device:  2 CPU cores, about three minutes.
-Expect:  results/sampler_efficiency_cox_cpu.jsonl.
+Expect:  to be filled from the first recorded run.
 """
 
 import ml_collections
