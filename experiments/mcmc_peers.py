@@ -53,7 +53,9 @@ def make(name: str, problem: mcmc_problems.Problem) -> Sampler:
   if name in OURS:
     acceptance = 0.775
     if problem.is_latent:
-      acceptance = 0.82 if problem.name.startswith("cox") else 0.75
+      # The paper's scripts aim at 0.82 on Cox processes. For plain means (64 x
+      # 64, min ESS a CPU second) 0.82 gave 40, 0.7 47, 0.6 57 and 0.5 56.
+      acceptance = 0.6 if problem.name.startswith("cox") else 0.75
     return Sampler(
       name=name,
       step=problem.step,

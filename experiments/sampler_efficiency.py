@@ -11,8 +11,6 @@ from absl import app
 from experiments import (
   flags_and_configs,
   mcmc_figures,
-  mcmc_peers,
-  mcmc_problems,
   mcmc_runs,
   sampler_efficiency_run,
 )
@@ -37,18 +35,23 @@ def main(argv):
     missing = [s for s in row.samplers if (number, s) not in done]
     if not missing:
       continue
-    problem = mcmc_problems.make(row.target, jnp.dtype(settings.dtype))
-    traces = {}
-    for name in missing:
-      sampler = mcmc_peers.make(name, problem)
-      measured, traces[name] = sampler_efficiency_run.measure(
-        sampler, problem, row, settings.seed
+    results = sampler_efficiency_run.measure(
+      missing, row, settings.seed, jnp.dtype(settings.dtype)
+    )
+    for name, (measured, _) in zip(missing, results, strict=True):
+      # "NAME@TARGET": another form of the same posterior.
+      run.writer.write(
+        row=number,
+        target=row.target,
+        sampler=name,
+        in_turn_with=missing,
+        **measured,
       )
-      run.writer.write(row=number, target=row.target, sampler=name, **measured)
       console.print(
         f"{row.target} {name}: {measured['min_ess_per_second']:.4g}"
       )
-    mcmc_figures.chains(list(traces.values()), list(traces), run.workdir)
+    traces = [chain for _, chain in results]
+    mcmc_figures.chains(traces, missing, run.workdir)
   console.print(table(run.found()))
 
 

@@ -26,6 +26,8 @@ class Row:
     warm_up: steps of the last window.
     windows: steps of windows before it, each followed by a preconditioner from
       the chains, on logistic posteriors; none keeps the Laplace covariance.
+    approach: acceptance of as many steps before; their smaller moves bring
+      chains out of places from which larger ones are not accepted.
     batch_size: steps of a batch mean; lengths are multiples of it.
     squares: whether second moments are functions beside the means.
     polynomial: order of the zero-variance baseline beside ours; 0 for none.
@@ -39,6 +41,7 @@ class Row:
   lengths: tuple[int, ...] = (1000, 10_000)
   warm_up: int = 1000
   windows: tuple[int, ...] = ()
+  approach: float | None = None
   batch_size: int = 50
   squares: bool = True
   polynomial: int = 1
@@ -102,7 +105,19 @@ def measure(row: Row, *, seed: int, dtype: Any):
 
 def warm_up(row: Row, problem, rng_key, state):
   """(what warm-up leaves, the problem with its preconditioner)."""
-  settings = dict(start=0.5, target_acceptance=row.acceptance)
+  settings: dict[str, Any] = dict(start=0.5, target_acceptance=row.acceptance)
+  if row.approach is not None:
+    before = mcmc.adaptation.adapt_step_size(
+      rng_key,
+      problem.step,
+      state,
+      row.warm_up,
+      rest=problem.rest,
+      start=0.1,
+      target_acceptance=row.approach,
+    )
+    rng_key, state = before.rng_keys, before.state
+    settings["start"] = float(before.step_size)
   if problem.is_latent:
     warm = mcmc.adaptation.adapt_step_size(
       rng_key, problem.step, state, row.warm_up, rest=problem.rest, **settings
@@ -209,4 +224,10 @@ def both(a, b):
   def flush(carry):
     return a.flush(carry[0]), b.flush(carry[1])
 
-  return mcmc.base.Collector(update, flush)
+  def open_both(carry, batch_size, *parameters):
+    return tuple(
+      one if c.open is None else c.open(one, batch_size, *parameters)
+      for c, one in zip((a, b), carry, strict=True)
+    )
+
+  return mcmc.base.Collector(update, flush, open_both)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unisparse_jax.mcmc import base, checks
@@ -173,18 +174,12 @@ def flush(accumulator: Accumulator) -> Accumulator:
     Moments(count, mean, mean_low, products, jnp.zeros_like(products)),
   )
   fold = accumulator.num_batches % NUM_FOLDS
-  rows, num_functions = mean.shape
-  no_products = jnp.zeros((rows, rows, num_functions), dtype())
   one = jnp.where(count > 0, jnp.ones((), dtype()), 0)
-
-  def into_fold(moments, number):
-    weight = jnp.where(fold == number, one, 0)
-    batch = Moments(weight, mean, mean_low, no_products, no_products)
-    return merge_moments(moments, batch)
-
-  batches = jax.vmap(into_fold)(
-    accumulator.batches, jnp.arange(NUM_FOLDS, dtype=jnp.int32)
-  )
+  batches = jax.vmap(
+    lambda moments, number: _merge_one(
+      moments, jnp.where(fold == number, one, 0), mean, mean_low
+    )
+  )(accumulator.batches, jnp.arange(NUM_FOLDS, dtype=jnp.int32))
   return Accumulator(
     centre=jnp.where(count > 0, steps.mean, accumulator.centre),
     batch_count=jnp.zeros_like(accumulator.batch_count),
@@ -210,6 +205,92 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
     num_batches=a.num_batches + b.num_batches,
     steps=steps,
     batches=jax.vmap(merge_moments)(a.batches, b.batches),
+  )
+
+
+class OpenBatch(NamedTuple):
+  """A batch in the making, in as few and as plain sums as there can be.
+
+  One array for every row and family of test functions: rows that are stacked
+  first cost more than the terms themselves. Control variates have means near 0
+  and are summed as they are, functions about the accumulator's centre.
+
+  Attributes:
+    accumulator: of the batches before.
+    count: steps of this batch.
+    centres: of each family's functions.
+    sums: [row][family].
+    products: [pair of rows i <= j][family].
+  """
+
+  accumulator: Accumulator
+  count: Int[Array, ""]
+  centres: tuple
+  sums: tuple
+  products: tuple
+
+
+def open_batch(
+  accumulator: Accumulator, count: int, sizes: tuple[int, ...]
+) -> OpenBatch:
+  """An empty batch.
+
+  Args:
+    accumulator: whose current batch is empty.
+    count: steps that will be added, all of them before `close_batch`.
+    sizes: functions of each family.
+  """
+  rows, kept = accumulator.centre.shape[0], accumulator.batch_products.shape[0]
+  none = tuple(jnp.zeros((size,), dtype()) for size in sizes)
+  ends = np.cumsum(sizes)[:-1].tolist()
+  return OpenBatch(
+    accumulator,
+    jnp.asarray(count, accumulator.batch_count.dtype),
+    tuple(jnp.split(accumulator.centre[0], ends)),
+    (none,) * rows,
+    (none,) * (kept * (kept + 1) // 2),
+  )
+
+
+def add_to_batch(
+  batch: OpenBatch, values: tuple, control_variates: tuple
+) -> OpenBatch:
+  """Adds one step: values [family] and control variates [term][family]."""
+  cast = lambda x: x.astype(dtype())  # noqa: E731
+  rows = (values, *control_variates)
+  rows = [tuple(map(cast, row)) for row in rows]
+  rows[0] = tuple(
+    x - centre for x, centre in zip(rows[0], batch.centres, strict=True)
+  )
+
+  def plus(sums, added):
+    return tuple(a + b for a, b in zip(sums, added, strict=True))
+
+  kept = batch.accumulator.batch_products.shape[0]
+  pairs = [(rows[i], rows[j]) for i in range(kept) for j in range(i, kept)]
+  added = [tuple(a * b for a, b in zip(x, y, strict=True)) for x, y in pairs]
+  return batch._replace(
+    sums=tuple(map(plus, batch.sums, rows)),
+    products=tuple(map(plus, batch.products, added)),
+  )
+
+
+def close_batch(batch: OpenBatch) -> Accumulator:
+  """The accumulator with this batch, all of whose steps were added."""
+  accumulator = batch.accumulator
+  kept = accumulator.batch_products.shape[0]
+  where = np.zeros((kept, kept), np.int32)
+  where[np.triu_indices(kept)] = np.arange(len(batch.products))
+  where = np.maximum(where, where.T)
+  products = jnp.stack([jnp.concatenate(pair) for pair in batch.products])
+  centre = accumulator.centre
+  return flush(
+    accumulator._replace(
+      centre=jnp.concatenate([centre[:1], jnp.zeros_like(centre[1:])]),
+      batch_count=batch.count,
+      batch_sum=jnp.stack([jnp.concatenate(row) for row in batch.sums]),
+      batch_products=products[where],
+    )
   )
 
 
@@ -264,6 +345,22 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   )
 
 
+def _merge_one(moments, weight, mean, mean_low):
+  """`merge_moments` with one observation, or with none where weight is 0."""
+  count = moments.count + weight
+  share = weight / jnp.maximum(count, 1)
+  delta = (mean - moments.mean) + (mean_low - moments.mean_low)
+  delta = jnp.where(weight > 0, delta, 0)
+  scaled = moments.count * share * delta
+  # Once for each row, not once for each pair of rows.
+  delta, scaled = jax.lax.optimization_barrier((delta, scaled))
+  new_mean, new_low = _add(moments.mean, share * delta, moments.mean_low)
+  products, products_low = _add(
+    moments.products, scaled[:, None] * delta[None], moments.products_low
+  )
+  return Moments(count, new_mean, new_low, products, products_low)
+
+
 def reduce_chains(moments: Moments) -> Moments:
   """Moments over the observations of all chains; drops the leading axis."""
 
@@ -281,8 +378,10 @@ def reduce_chains(moments: Moments) -> Moments:
 
 
 def _add(a, b, low):
-  """a + b with the rounding error added to `low`."""
+  """a + b with the rounding error added to `low`, where it matters."""
   total = a + b
+  if total.dtype == jnp.float64:
+    return total, low
   part = total - a
   error = (a - (total - part)) + (b - part)
   return total, low + error

@@ -105,12 +105,13 @@ def poisson_terms(
   def values(x):
     return jnp.concatenate([f.value(x) for f in functions])
 
-  def term_fn(info, reference):
+  def families(info, reference):
+    """Values [family] and control variates [term][family] of one step."""
     x, y = info.position_prev, info.proposal
     reference = cast(reference, x.dtype)
     covariance = covariance_fn(info, reference)
     alpha = info.acceptance_rate
-    rows = []
+    found = []
     for f in functions:
       there = f.solution(y, reference)
       moved = f.solution(x, reference) - there
@@ -121,13 +122,27 @@ def poisson_terms(
       if score:
         precond_grad = precond_grad_fn(info, reference)
         terms.append(-f.score(x, precond_grad, reference))
-      rows.append(jnp.stack(terms))
-    return accumulators.Terms(values(x), jnp.concatenate(rows, axis=1))
+      found.append(terms)
+    return tuple(f.value(x) for f in functions), tuple(zip(*found, strict=True))
 
+  def term_fn(info, reference):
+    values, terms = families(info, reference)
+    terms = jnp.stack([jnp.concatenate(term) for term in terms])
+    return accumulators.Terms(jnp.concatenate(values), terms)
+
+  def open_batch(accumulator, batch_size, reference):
+    sizes = [jax.eval_shape(f.value, reference.mean).shape for f in functions]
+    return accumulators.open_batch(
+      accumulator, batch_size, tuple(size for (size,) in sizes)
+    )
+
+  def update(batch, state, info, reference):
+    del state
+    return accumulators.add_to_batch(batch, *families(info, reference))
+
+  collector = base.Collector(update, accumulators.close_batch, open_batch)
   num_terms = 3 if score else 2
-  return ControlVariates(
-    functions, num_terms, accumulators.collector(term_fn), values, term_fn
-  )
+  return ControlVariates(functions, num_terms, collector, values, term_fn)
 
 
 def constant_covariance(info: Any, reference: poisson.Reference) -> Any:

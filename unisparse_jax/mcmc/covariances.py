@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import checks
+from unisparse_jax.mcmc import checks, preconditioner
 
 
 class Covariance(Protocol):
@@ -174,6 +174,7 @@ def dense(matrix: Any, *, floor: float = 1e-10, dtype: Any = None) -> Dense:
     "use (C + C^T) / 2",
   )
   values, vectors = np.linalg.eigh(matrix)
+  vectors = preconditioner.orthonormal(vectors)
   checks.require(
     values[-1] > 0 and values[0] > -1e-6 * values[-1],
     "covariance",

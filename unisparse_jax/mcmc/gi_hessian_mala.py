@@ -51,19 +51,21 @@ def build_init(
   floor: float = 1e-6,
   sharpness: float = 1e6,
 ) -> Callable:
-  """(position, logdensity_fn) -> state; see `build_kernel`."""
+  """(position, logdensity_fn, coordinates) -> state; see `build_kernel`."""
   point = _build_point(treatment, curvature_fn, floor, sharpness)
 
-  def init(position, logdensity_fn):
+  def init(position, logdensity_fn, coordinates=None):
     vector, unravel = base.ravel(position)
-    return point(vector, unravel, logdensity_fn)
+    return point(vector, unravel, logdensity_fn, coordinates)
 
   return init
 
 
-def init(position: Any, logdensity_fn: Callable) -> GIHessianMALAState:
+def init(
+  position: Any, logdensity_fn: Callable, coordinates: Any = None
+) -> GIHessianMALAState:
   """State at a position, for `build_kernel()` with its defaults."""
-  return build_init()(position, logdensity_fn)
+  return build_init()(position, logdensity_fn, coordinates)
 
 
 def build_kernel(
@@ -73,12 +75,18 @@ def build_kernel(
   floor: float = 1e-6,
   sharpness: float = 1e6,
 ) -> Callable:
-  """The kernel: (rng_key, state, logdensity_fn, step_size) -> (state, info).
+  """The kernel: (rng_key, state, logdensity_fn, step_size, coordinates=None) ->
+  (state, info).
 
   Proposal: N(x + step_size A_x grad log pi(x), step_size (2 - step_size) A_x),
     A_x the inverse of the curvature at x, step_size in (0, 2).
   Invariant: the target. With minus the Hessian as the curvature every proposal
     is accepted on every Gaussian.
+  Coordinates: a preconditioner in whose white coordinates the curvature is
+    taken and treated. The chain is the same; digits are not. A matrix of
+    second derivatives rounds its small eigenvalues: on a Gaussian of condition
+    1e6 in 100 dimensions the log acceptance ratio is 1e-9 without (step_size
+    1.6, float64) and 6e-12 with a guess of the covariance here.
   Cost: a Hessian and a factor of it for each proposal, O(dim^3).
   Source: Alexopoulos, Dellaportas, Titsias, arXiv 2506.21511. On logistic
     regression with 14 coefficients it accepted 34% at step_size 0.8 where a
@@ -102,7 +110,7 @@ def build_kernel(
   """
   point = _build_point(treatment, curvature_fn, floor, sharpness)
 
-  def kernel(rng_key, state, logdensity_fn, step_size):
+  def kernel(rng_key, state, logdensity_fn, step_size, coordinates=None):
     noise_key, accept_key = jax.random.split(rng_key)
     x, unravel = base.ravel(state.position)
     step_size = jnp.asarray(step_size, x.dtype)
@@ -115,7 +123,7 @@ def build_kernel(
     proposal_mean = mean_of(x, state)
     root = state.preconditioner.root(white)
     y = proposal_mean + jnp.sqrt(noise_scale) * root
-    proposed = point(y, unravel, logdensity_fn)
+    proposed = point(y, unravel, logdensity_fn, coordinates)
     backward = proposed.preconditioner.whiten(x - mean_of(y, proposed))
     # Squares are subtracted one by one: their sums are large and nearly equal.
     log_ratio = (
@@ -149,11 +157,13 @@ def as_top_level_api(
   curvature_fn: Callable | None = None,
   floor: float = 1e-6,
   sharpness: float = 1e6,
+  coordinates: Any = None,
 ) -> base.SamplingAlgorithm:
   """The sampler with its arguments bound; see `build_kernel`.
 
   Raises:
-    ValueError: step_size not in (0, 2), or as `build_kernel`.
+    ValueError: step_size not in (0, 2), or as `build_kernel`; from `init`,
+      coordinates that have not the size of the position.
   """
   checks.check_open_interval("step_size", step_size, 0, 2)
   settings = dict(curvature_fn=curvature_fn, floor=floor, sharpness=sharpness)
@@ -162,10 +172,13 @@ def as_top_level_api(
 
   def init_fn(position, rng_key=None):
     del rng_key
-    return start(position, logdensity_fn)
+    if coordinates is not None:
+      vector, _ = base.ravel(position)
+      preconditioners.check_size(coordinates, vector.shape[0])
+    return start(position, logdensity_fn, coordinates)
 
   def step_fn(rng_key, state):
-    return step(rng_key, state, step_size)
+    return step(rng_key, state, step_size, coordinates)
 
   return base.SamplingAlgorithm(init_fn, step_fn)
 
@@ -193,16 +206,26 @@ def _build_point(treatment, curvature_fn, floor, sharpness):
   checks.check_open_interval("floor", floor, 0, 1)
   checks.check_open_interval("sharpness", sharpness, 0, jnp.inf)
 
-  def point(vector, unravel, logdensity_fn):
+  def point(vector, unravel, logdensity_fn, coordinates):
     def flat(v):
       return logdensity_fn(unravel(v))
 
+    def moved(white):
+      return flat(vector + coordinates.root(white))
+
     value, grad = jax.value_and_grad(flat)(vector)
-    if curvature_fn is None:
+    if curvature_fn is not None:
+      curvature = curvature_fn(vector)
+      if coordinates is not None:
+        half = jax.vmap(coordinates.root)(jnp.eye(*curvature.shape))
+        curvature = half @ curvature @ half.T
+    elif coordinates is None:
       curvature = -jax.hessian(flat)(vector)
     else:
-      curvature = curvature_fn(vector)
+      curvature = -jax.hessian(moved)(jnp.zeros_like(vector))
     factored = _factor(curvature, treatment, floor, sharpness)
+    if coordinates is not None:
+      factored = preconditioners.Within(coordinates, factored)
     return GIHessianMALAState(unravel(vector), value, grad, factored)
 
   return point

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import checks, covariances
+from unisparse_jax.mcmc import checks, covariances, targets
 
 # Titsias and Papaspiliopoulos's grid benchmark, after the Finnish pines.
 COX_VARIANCE = 1.91
@@ -101,7 +100,7 @@ def gp_classification(
   sign = jnp.asarray(2.0 * labels - 1, covariance.values.dtype)
 
   def likelihood_fn(x):
-    return -jnp.sum(jax.nn.softplus(-sign * x))
+    return jnp.sum(targets.log_sigmoid(sign * x))
 
   return LatentTarget(
     name=name,

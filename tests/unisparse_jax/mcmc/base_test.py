@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unisparse_jax.mcmc import base, gi_mala, preconditioner
+from unisparse_jax.mcmc import base, chain_loop, gi_mala, preconditioner
 
 
 class WalkState(NamedTuple):
@@ -121,7 +121,9 @@ def test_runs_continue_and_chains_match_a_loop():
   assert np.all(np.abs(whole.stats.num_accepted - moved) <= 1)
 
 
-def test_drawing_ahead_changes_no_number():
+def test_drawing_ahead_changes_no_number(monkeypatch):
+  monkeypatch.setitem(chain_loop.UNROLL_AHEAD, "cpu", 2)
+
   def fn(x):
     return -jnp.sum(jnp.cosh(x))
 

@@ -120,6 +120,45 @@ def test_the_stream_is_the_stored_chain(x64):
   assert np.max(np.abs(wrong - end)) > 0.1
 
 
+def test_terms_of_a_million_steps_have_mean_zero(x64):
+  # And those of the state after accept/reject have not.
+  variates = control_variates.poisson_terms(poisson.Linear())
+  right = variates.collector
+
+  def update(carry, state, info, reference):
+    after = info._replace(position_prev=state.position)
+    return (
+      right.update(carry[0], state, info, reference),
+      right.update(carry[1], state, after, reference),
+    )
+
+  def both(fn):
+    return lambda carry, *more: tuple(fn(one, *more) for one in carry)
+
+  collector = base.Collector(update, both(right.flush), both(right.open))
+  a = preconditioner.diagonal(np.array([1.3]))
+  gamma = jnp.float64(0.6)
+  start = jnp.full((4000, 1), -0.5)
+  empty = variates.init(start, products_of_terms=False)
+  result = base.run_chains(
+    jax.random.key(3),
+    base.bind(KERNEL, forced.skewed),
+    jax.jit(jax.vmap(lambda x: gi_mala.init(x, forced.skewed)))(start),
+    250,
+    parameters=(gamma, a),
+    collector=collector,
+    carry=(empty, empty),
+    collector_parameters=(poisson.Reference(gamma, jnp.array([-0.5]), a),),
+    batch_size=50,
+  )
+  t = []
+  for carry in result.carry:
+    means = np.asarray(carry.steps.mean)[:, 1:, 0]
+    t.append(means.mean(0) / (means.std(0, ddof=1) / np.sqrt(len(means))))
+  assert np.max(np.abs(t[0][:2])) < 4
+  assert abs(t[1][0]) > 20
+
+
 def test_step_size_one_is_the_independence_sampler(x64):
   target = targets.student_t(8.0, dim=2)
   a, mean = preconditioner.identity(2), jnp.array([0.1, -0.2])

@@ -2,6 +2,12 @@
 import jax
 import pytest
 
+from unisparse_jax.mcmc import chain_loop
+
+# Longer bodies of loops save users time and cost tests the compilation of them;
+# `base_test` compares both.
+chain_loop.UNROLL_AHEAD["cpu"] = 1
+
 
 @pytest.fixture
 def x64():

@@ -39,6 +39,10 @@ PRECONDITIONERS = {
   "inverse_precision": lambda: preconditioner.InversePrecision(
     jnp.linalg.cholesky(jnp.linalg.inv(jnp.asarray(covariance())))
   ),
+  "within": lambda: preconditioner.Within(
+    preconditioner.dense(covariance()),
+    preconditioner.diagonal([0.5, 1.0, 2.0, 0.3]),
+  ),
 }
 
 
@@ -185,9 +189,13 @@ def test_hessian(treatment, x64):
   kernel = gi_hessian_mala.build_kernel(treatment, **settings)
   init = gi_hessian_mala.build_init(treatment, **settings)
 
+  # Coordinates change the digits, not the law of a treatment that is none.
+  coordinates = PRECONDITIONERS["eigen"]() if concave else None
+
   @jax.jit
   def one(x, white, gamma):
-    return forced.step(kernel, init(x, log_pi), white, log_pi, gamma)[1]
+    state = init(x, log_pi, coordinates)
+    return forced.step(kernel, state, white, log_pi, gamma, coordinates)[1]
 
   grad, hessian = jax.jit(jax.grad(log_pi)), jax.jit(jax.hessian(log_pi))
 

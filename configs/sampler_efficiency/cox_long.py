@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cox process on 64 x 64 cells: chains longer than their autocorrelation.
+
+Run:     python -m experiments.sampler_efficiency
+           --config=configs/sampler_efficiency/cox_long.py --workdir=out/cox
+Device:  2 CPU cores, about three minutes.
+Expect:  to be filled from the first recorded run.
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.dtype = "float64"
+  config.rows = (
+    dict(
+      target="cox:64",
+      samplers=("gi_latent_gaussian", "mala", "nuts"),
+      shorter=("nuts",),
+      warm_up=1000,
+      num_steps=2000,
+      repeats=1,
+      max_coordinates=64,
+    ),
+  )
+  return config
