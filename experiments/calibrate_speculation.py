@@ -27,7 +27,7 @@ from experiments import (
 from experiments import speculation_config as config_lib
 from unisparse_jax import models, records
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import calibration
+from unisparse_jax.speculative import calibration, head_files
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _LOG_FILE = "log.npz"
@@ -44,7 +44,7 @@ def main(argv):
     "calibration": config.calibration,
     "shape": config.shape,
     "target_sha256": long_context_config.weights_hash(folder),
-    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+    "head_sha256": long_context_config.file_hash(head / head_files.WEIGHTS),
   }
   workdir = records.claim_workdir(
     _WORKDIR.value, identity, free=["calibration.max_seconds"]

@@ -25,6 +25,7 @@ from experiments import (
   speculative_speedup_run,
 )
 from unisparse_jax import models, records
+from unisparse_jax.speculative import head_files
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _FREE = ("max_seconds", "compile_threads")
@@ -74,7 +75,7 @@ def measure_all(
   identity = {
     **vars(config),
     "target_sha256": long_context_config.weights_hash(folder),
-    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+    "head_sha256": long_context_config.file_hash(head / head_files.WEIGHTS),
   }
   if config.wants_artefact:
     artefact = pathlib.Path(config.artefact)

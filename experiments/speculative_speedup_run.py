@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import speculation_config as config_lib
-from experiments import speculation_setup
+from experiments import (
+  long_context_config,
+  speculation_setup,
+  speculation_values,
+)
 from unisparse_jax import attention
 from unisparse_jax.speculative import agreement, calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
 
 _MAX_GAPS = 8  # rows of a measurement that are looked into
-ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 # Methods whose policy is a table: one compiled program.
 _TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
 _DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
@@ -34,7 +37,7 @@ class Step:
     batch: rows.
     temperature: 0 is greedy.
     prompt_len: tokens of a long prompt; 0: as the config says.
-    prefill: "dense" or "unisparse", of target and head.
+    prefill: of `speculation_config.PREFILLS`.
   """
 
   kind: str
@@ -119,7 +122,7 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
 
 def _long_steps(config: config_lib.SpeculationConfig) -> Iterable[Step]:
   for length in config.long_prompts:
-    for prefill in ("dense", "unisparse"):
+    for prefill in config.long_prefills:
       for method in (config_lib.PLAIN, *config.long_methods):
         yield Step(
           kind="long",
@@ -181,7 +184,7 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
-        attention_fn=self._attention_fn(step),
+        **self._attention_fns(step),
         **self._method(
           step, np.zeros((step.batch, new_tokens), np.int32), lengths
         ),
@@ -218,7 +221,7 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
-        attention_fn=self._attention_fn(step),
+        **self._attention_fns(step),
       )
       expected.append(self._expected(step, first, common, dtype))
       arguments = {**common, **self._method(step, expected[-1], lengths)}
@@ -237,8 +240,8 @@ class Measurer:
         self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
       expected = [call.tokens for call in calls]
     values = {
-      **_values(calls, step, new_tokens),
-      **_mismatches(calls, expected),
+      **speculation_values.of_calls(calls, step.batch, new_tokens),
+      **speculation_values.mismatches(calls, expected),
     }
     if values["mismatched_rows"] and not step.temperature:
       values["first_gaps"] = self._gaps(calls, expected, given, dtype)
@@ -267,11 +270,16 @@ class Measurer:
   def _place(self, step: Step, first: int, dtype: str) -> tuple:
     return (step.domain, first, dtype, *step.place[1:])
 
-  def _attention_fn(self, step: Step) -> attention.AttentionFn:
+  def _attention_fns(self, step: Step) -> dict[str, Any]:
+    """How target and head attend in the prompt."""
     if step.prefill == "dense":
-      return attention.DenseAttention()
+      return {}
     pattern = attention.UniSparse(top_p=self._config.long_top_p)
-    return attention.SparseAttention(pattern=pattern)
+    sparse = attention.SparseAttention(pattern=pattern)
+    if step.prefill == "unisparse":
+      return dict(attention_fn=sparse)
+    found = long_context_config.calibration_of(self._setup.folder)
+    return dict(attention_fn=found.attention(), drafter_attention_fn=sparse)
 
   def _expected(self, step, first, common, dtype) -> np.ndarray:
     """What plain decoding writes; from the same batch and dtype."""
@@ -342,85 +350,3 @@ class Measurer:
       "methods must name heterospec before fixed_same; got "
       f"{self._config.methods}."
     )
-
-
-def _values(calls, step: Step, new_tokens: int) -> dict[str, Any]:
-  seconds = sum(call.seconds for call in calls)
-  rows = len(calls) * step.batch
-  # The prefill writes the first token.
-  written = rows * (new_tokens - 1)
-  values = {
-    "rows": rows,
-    "written": written,
-    "decode_s": seconds,
-    "prefill_s": sum(call.prefill_seconds for call in calls),
-    "tokens_per_s": written / seconds,
-    "latency_s": (seconds + sum(c.prefill_seconds for c in calls)) / len(calls),
-  }
-  if calls[0].log is None:
-    return values | {
-      "steps": len(calls) * (new_tokens - 1),
-      "calls": written,
-      "tokens_per_call": 1.0,
-      "nodes_per_call": 1.0,
-      "nodes_per_token": 1.0,
-    }
-  logs = {
-    name: np.concatenate([call.log.column(name).reshape(-1) for call in calls])
-    for name in (
-      "accept_len",
-      "num_emitted",
-      "nodes",
-      "bucket",
-      "bin",
-      "terminal_rank",
-      "draft_levels",
-      "entropy",
-    )
-  }
-  active = logs["num_emitted"] > 0
-  logs = {name: column[active] for name, column in logs.items()}
-  num_calls, emitted = int(active.sum()), int(logs["num_emitted"].sum())
-  nodes = int(logs["nodes"].sum())
-  ranks = logs["terminal_rank"]
-  accepted = ranks > 0
-  quarter = np.maximum(logs["nodes"] // 4, 1)
-  entropy = logs["entropy"][logs["draft_levels"] > 0]
-  return values | {
-    "steps": sum(int(call.log.num_steps) for call in calls),
-    "calls": num_calls,
-    "tokens_per_call": emitted / num_calls,
-    "accepted_per_call": float(logs["accept_len"].mean()),
-    "nodes_per_call": nodes / num_calls,
-    "bucket_per_call": float(logs["bucket"].mean()),
-    "nodes_per_token": nodes / emitted,
-    "levels_per_call": float(logs["draft_levels"].mean()),
-    "accept_histogram": np.bincount(logs["accept_len"]).tolist(),
-    "terminal_rank_histogram": np.bincount(ranks).tolist(),
-    "terminal_rank_top_quarter": float(
-      np.mean(ranks[accepted] <= quarter[accepted])
-    )
-    if accepted.any()
-    else None,
-    "entropy_histogram": np.histogram(entropy, ENTROPY_EDGES)[0].tolist(),
-    "bin_histogram": np.bincount(np.maximum(logs["bin"], 0)).tolist(),
-    "bin_tokens": np.bincount(
-      np.maximum(logs["bin"], 0), weights=logs["num_emitted"]
-    ).tolist(),
-  }
-
-
-def _mismatches(calls, expected) -> dict[str, Any]:
-  """Rows and tokens that differ from plain decoding, and where first."""
-  rows = tokens = 0
-  firsts = []
-  for call, wanted in zip(calls, expected, strict=True):
-    differs = call.tokens != wanted
-    rows += int(differs.any(axis=1).sum())
-    tokens += int(differs.sum())
-    firsts += [int(np.argmax(row)) for row in differs if row.any()]
-  return {
-    "mismatched_rows": rows,
-    "mismatched_tokens": tokens,
-    "first_mismatch": min(firsts) if firsts else None,
-  }

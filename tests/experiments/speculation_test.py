@@ -109,7 +109,7 @@ def test_trains_a_head(model_folder, in_process, monkeypatch, tmp_path):
   workdir = tmp_path / "head"
   run(monkeypatch, train_draft_head, config, workdir)
   written = (workdir / "texts" / "short.npz").stat().st_mtime_ns
-  target = models.load_hf_config(model_folder)
+  target = models.load_hf(model_folder)
   head = head_files.load_head(workdir / "head", target)
   assert head.config.tap_layers == models.tap_layers(2)
   lines = training.read_metrics(workdir / "train" / "metrics.jsonl")
