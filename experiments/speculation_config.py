@@ -29,7 +29,7 @@ METHODS = (
   "oracle",  # knows the output: a bound for every policy
 )
 # "unisparse": target and head by top-p; "calibrated": the target by the
-# settings of its layers and heads that lie beside its weights, the head as before.
+# settings by layer and head that lie beside its weights, the head as before.
 PREFILLS = ("dense", "unisparse", "calibrated")
 CALIBRATED = ("heterospec", "joint", "fixed_best", "predictive", "gated")
 
@@ -103,6 +103,8 @@ class SpeculationConfig:
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
     repeats: timed calls of each batch, of which the fastest counts.
+    interleave: time plain decoding again before every call, where others use
+      the machine; speed-ups are then over these times.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
     long_prompts: lengths of long prompts, one request each, whose prefill and
       answer are timed together, dense and sparse.
@@ -143,6 +145,7 @@ class SpeculationConfig:
   short_prompt: int = 256
   new_tokens: int = 256
   repeats: int = 2
+  interleave: bool = False
   batch_1_prompts: int = 4
   long_prompts: tuple[int, ...] = ()
   long_new_tokens: int = 512

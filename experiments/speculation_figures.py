@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from experiments import figures
+from experiments import figures, speculation_values
 from experiments import speculation_config as config_lib
 from experiments import speculation_summary as summary
-from experiments import speculation_values
 
 _COLOURS = (
   "#0969da", "#d1622b", "#2a8a4a", "#8250df", "#b8860b", "#c2255c", "#0e7490",

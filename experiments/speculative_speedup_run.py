@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import speculation_config as config_lib
 from experiments import (
   long_context_config,
   speculation_setup,
   speculation_values,
 )
+from experiments import speculation_config as config_lib
 from unisparse_jax import attention
 from unisparse_jax.speculative import agreement, calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
@@ -22,6 +22,7 @@ from unisparse_jax.speculative.calibration import predictor
 _MAX_GAPS = 8  # rows of a measurement that are looked into
 # Methods whose policy is a table: one compiled program.
 _TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
+_NO_DRAFTER = {"drafter": None, "policy": None, "shape": None}
 _DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
 
 
@@ -89,8 +90,9 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
   def steps(kind, places):
     for batch, temperature in places:
       for method in methods:
-        is_few = method in config.few and kind == "speed"
-        if is_few and (batch, temperature) not in few_at:
+        # An exact comparison compiles its own programs: greedy ones for all.
+        few = few_at if kind == "speed" else {(batch, 0.0)}
+        if method in config.few and (batch, temperature) not in few:
           continue
         for domain in config.domains:
           yield Step(
@@ -208,7 +210,7 @@ class Measurer:
     prompts = self._setup.prompts(
       step.domain, count=count, use="measure", size=step.prompt_len
     )
-    calls, expected, given = [], [], []
+    calls, plain_calls, expected, given = [], [], [], []
     for first in range(0, count - step.batch + 1, step.batch):
       tokens, lengths = self._setup.padded(
         prompts[first : first + step.batch], step.prompt_len
@@ -231,10 +233,14 @@ class Measurer:
         # tree that runs for the first time is slow.
         self._setup.call(**arguments)
         self._warm.add(place)
-      repeats = [
-        self._setup.call(**arguments) for _ in range(self._config.repeats)
-      ]
+      repeats, plain_repeats = [], []
+      for _ in range(self._config.repeats):
+        if self._config.interleave and step.method != config_lib.PLAIN:
+          plain_repeats.append(self._setup.call(**common, **_NO_DRAFTER))
+        repeats.append(self._setup.call(**arguments))
       calls.append(min(repeats, key=lambda call: call.seconds))
+      if plain_repeats:
+        plain_calls.append(min(plain_repeats, key=lambda call: call.seconds))
     if step.method == config_lib.PLAIN:
       for first, call in enumerate(calls):
         self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
@@ -243,6 +249,10 @@ class Measurer:
       **speculation_values.of_calls(calls, step.batch, new_tokens),
       **speculation_values.mismatches(calls, expected),
     }
+    if plain_calls:
+      values["plain_tokens_per_s"] = values["written"] / sum(
+        call.seconds for call in plain_calls
+      )
     if values["mismatched_rows"] and not step.temperature:
       values["first_gaps"] = self._gaps(calls, expected, given, dtype)
     return values
@@ -287,7 +297,7 @@ class Measurer:
     if step.method == config_lib.PLAIN:
       return np.zeros(0)
     if place not in self._plain:
-      plain = self._setup.call(drafter=None, policy=None, shape=None, **common)
+      plain = self._setup.call(**common, **_NO_DRAFTER)
       self._plain[place] = plain.tokens
     return self._plain[place]
 
@@ -295,7 +305,7 @@ class Measurer:
     """drafter, shape and policy of a method; the oracle knows the output."""
     config, method = self._config, step.method
     if method == config_lib.PLAIN:
-      return dict(drafter=None, policy=None, shape=None)
+      return dict(_NO_DRAFTER)
     if method in _DRAFTERS:
       shape = config.chain_shape
       everything = policy.Fixed(

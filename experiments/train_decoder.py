@@ -19,7 +19,10 @@ from unisparse_jax import attention, data, models, records, training
 _LOG = logging.getLogger("experiments.train_decoder")
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _SECTIONS = ("model", "train", "data", "eval")
-_DATA_KEYS = ("seed", "packages", "extra_directories", "mixture", "tokenizer")
+_DATA_KEYS = (
+  *("seed", "packages", "extra_directories", "mixture", "tokenizer"),
+  "cache",
+)
 _EVAL_KEYS = ("seq_len", "rows", "batch_size", "task_lens", "task_rows")
 
 

@@ -9,7 +9,6 @@ Expect:  to be filled.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config():
