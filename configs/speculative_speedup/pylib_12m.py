@@ -34,23 +34,21 @@ def get_config():
     width=4, base_depth=3, buckets=(1, 8), static_levels=_STATIC
   )
   config.calibration.update(
-    alpha=3, prompts=8, new_tokens=96, batch_size=10, timed_steps=24
+    alpha=3, prompts=8, new_tokens=64, batch_size=10, timed_steps=24
   )
   config.fixed_depth = 4
   config.fixed_nodes = 15
-  config.few = ()
-  config.few_at = ()
+  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
+  config.few_at = ((1, 0.0), (4, 0.0), (1, 1.0))
   config.batches = (1, 4)
   config.prompts = 4
-  config.batch_1_prompts = 4
+  config.batch_1_prompts = 2
   config.repeats = 2
   config.interleave = True
   config.prompt_len = 512
   config.short_prompt = 160
-  config.new_tokens = 96
-  config.long_prompts = (8000,)
-  config.long_new_tokens = 128
-  config.long_prefills = ("dense", "unisparse", "calibrated")
+  config.new_tokens = 64
+  config.long_prompts = ()  # See pylib_12m_long.py.
   # The timed programs are float32 themselves, and every row is compared.
   config.exact_prompts = 0
   config.dtype = "float32"

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long prompt and long answer on the shipped model, prefilled dense or sparse.
+
+Run:     as pylib_12m.py, whose artefact it needs:
+         python -m experiments.speculative_speedup
+           --config=configs/speculative_speedup/pylib_12m_long.py
+           --workdir=out/pylib_long
+Device:  CPU, two cores.
+Expect:  to be filled.
+"""
+
+from configs.speculative_speedup import pylib_12m
+
+
+def get_config():
+  config = pylib_12m.get_config()
+  config.domains = ("long_context",)
+  config.batches = (1,)
+  config.temperatures = (0.0,)
+  config.methods = ("plain", "heterospec", "ngram")
+  config.prompts = 1
+  config.batch_1_prompts = 1
+  config.long_prompts = (8000,)
+  config.long_new_tokens = 192
+  config.long_methods = ("fixed", "heterospec", "ngram")
+  config.long_prefills = ("dense", "unisparse", "calibrated")
+  return config
