@@ -43,7 +43,7 @@ def get_config():
   config.batches = (1, 4)
   config.prompts = 4
   config.batch_1_prompts = 2
-  config.repeats = 2
+  config.repeats = 1
   config.interleave = True
   config.prompt_len = 512
   config.short_prompt = 160

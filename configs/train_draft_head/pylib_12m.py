@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft head of the shipped decoder, on a laptop's two cores.
+"""The draft head that ships with pylib_12m, trained on two CPU cores.
 
 Run:     python -m experiments.train_draft_head
            --config=configs/train_draft_head/pylib_12m.py
            --workdir=out/pylib_head
-Device:  CPU, two cores.
-Expect:  to be filled.
+Device:  CPU, two cores, 36 minutes of a machine that others used as well: 9 of
+         writing (1,792 and 224 texts, 421,392 tokens of the target's own; the
+         time ends each group), 25 of training (919 steps, about 1,000 tokens/s,
+         some 14 minutes of processor time).
+Expect:  of the target's likeliest tokens, 36.8%, 31.5%, 28.5% at draft steps 1
+         to 3 on held-out short texts, 53.8%, 49.4%, 47.7% on long ones; ECE
+         0.035 and 0.052. Short of data and steps: the loss still falls.
 """
 
 import ml_collections
