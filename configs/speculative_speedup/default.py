@@ -32,9 +32,7 @@ def get_config():
   config.head = "out/head/head"
   config.corpus = "out/target/data/corpus"
   config.artefact = "out/calibration/policy.json"
-  config.shape = dict(
-    width=8, base_depth=6, max_depth=10, buckets=(1, 16, 64)
-  )
+  config.shape = dict(width=8, base_depth=6, max_depth=10, buckets=(1, 16, 64))
   # Rows of these batches share one verification of so many nodes. Every size is
   # one more copy of the target to compile.
   config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))

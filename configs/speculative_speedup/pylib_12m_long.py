@@ -21,7 +21,8 @@ def get_config():
   config.prompts = 1
   config.batch_1_prompts = 1
   config.long_prompts = (8000,)
-  config.long_new_tokens = 192
-  config.long_methods = ("fixed", "heterospec", "ngram")
-  config.long_prefills = ("dense", "unisparse", "calibrated")
+  config.long_new_tokens = 128
+  config.long_methods = ("heterospec", "ngram")
+  config.long_prefills = ("dense", "calibrated")
+  config.interleave = False
   return config

@@ -253,3 +253,21 @@ def test_settings_by_layer_are_the_targets_alone():
       target, eagle.Eagle(head=head), tokens, max_new_tokens=8,
       attention_fn=attention.LayeredAttention(layers=(DENSE,)),
     )  # fmt: skip
+
+
+def test_a_table_without_nodes_drafts_nothing():
+  target, head = make()
+  tokens = np.random.default_rng(1).integers(0, 48, (2, 9))
+  plain = models.generate(target, tokens, max_new_tokens=20)
+  table = policy.HeteroSpec.create(
+    thresholds=np.full(7, np.inf), depth=[2] * 8, nodes=[0] * 8,
+    base_depth=2, width=2, can_skip=True,
+  )  # fmt: skip
+  result = speculative.generate(
+    target, eagle.Eagle(head=head), tokens, max_new_tokens=20,
+    shape=tree.TreeShape(width=2, base_depth=2, buckets=(1, 4)),
+    policy=table,
+  )  # fmt: skip
+  np.testing.assert_array_equal(result.tokens, plain)
+  assert int(result.log.num_steps) == 19
+  assert not np.any(result.log.column("draft_levels"))
