@@ -7,8 +7,13 @@ Run:     python -m experiments.calibrate_speculation
          python -m experiments.speculative_speedup
            --config=configs/speculative_speedup/pylib_12m.py
            --workdir=out/pylib_speedup
-Device:  CPU, two cores.
-Expect:  to be filled.
+Device:  CPU, two cores; 5 minutes and 25 on a machine that others load.
+Expect:  no row that differs from plain decoding. At temperature 0, batch 1,
+         mean tokens a call: n-gram 3.46 (this model repeats itself), suffix
+         3.37, fixed tree 2.08, HeteroSpec 2.06 with 4.7% fewer nodes a token.
+         The head is slower than plain decoding here in every domain (0.2 to
+         0.9x): on a CPU a level costs a third of a plain step of this target,
+         and a step about 12 ms against 4.7.
 """
 
 from configs.speculative_speedup import default

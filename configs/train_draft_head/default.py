@@ -4,7 +4,7 @@
 Run:     python -m experiments.train_draft_head
            --config=configs/train_draft_head/default.py --workdir=out/head
          after configs/train_decoder/target_155m.py into out/target.
-Device:  one H100, about 2 minutes of writing and 4 of training.
+Device:  one H100, about 2 minutes of writing and 3 of training.
 Expect:  to be filled from the first recorded run.
 """
 
