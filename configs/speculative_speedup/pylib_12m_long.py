@@ -5,8 +5,10 @@ Run:     as pylib_12m.py, whose artefact it needs:
          python -m experiments.speculative_speedup
            --config=configs/speculative_speedup/pylib_12m_long.py
            --workdir=out/pylib_long
-Device:  CPU, two cores.
-Expect:  to be filled.
+Device:  CPU, two cores, 15 minutes on a machine that others load.
+Expect:  prefilled with the calibrated masks, 2.19 tokens a call to the dense
+         prefill's 2.23; both write what plain decoding writes after the same
+         prefill. Seconds are no finding: loads of 8 to 16 while measured.
 """
 
 from configs.speculative_speedup import pylib_12m
