@@ -4,7 +4,7 @@
 Decodes prompts of every domain with the largest tree, fits the entropy
 thresholds, times fixed policies, searches depth and size of every bin for every
 batch size, and compares the policies on requests that were held out. Writes
-the artefact of the config, WORKDIR/calibration.jsonl and WORKDIR/log.npz.
+the artefact of the config, WORKDIR/records.jsonl and WORKDIR/log.npz.
 
 The same command goes on where an earlier one stopped.
 """
@@ -21,13 +21,14 @@ from experiments import (
   flags_and_configs,
   long_context,
   long_context_config,
+  runs,
   speculation_fit,
   speculation_setup,
 )
 from experiments import speculation_config as config_lib
-from unisparse_jax import models, records
+from unisparse_jax import models
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import calibration
+from unisparse_jax.speculative import calibration, head_files
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _LOG_FILE = "log.npz"
@@ -44,23 +45,19 @@ def main(argv):
     "calibration": config.calibration,
     "shape": config.shape,
     "target_sha256": long_context_config.weights_hash(folder),
-    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+    "head_sha256": long_context_config.file_hash(head / head_files.WEIGHTS),
   }
-  workdir = records.claim_workdir(
-    _WORKDIR.value, identity, free=["calibration.max_seconds"]
-  )
-  flags_and_configs.start_jax(workdir)
+  run = runs.begin(_WORKDIR.value, identity, free=["calibration.max_seconds"])
   console = long_context.make_console()
-  setup = speculation_setup.Setup(config, workdir)
+  setup = speculation_setup.Setup(config, run.workdir)
   deadline = None
   if config.calibration.max_seconds is not None:
     deadline = time.monotonic() + config.calibration.max_seconds
-  log = logged_steps(setup, workdir, console)
-  writer = records.RecordWriter(workdir / "calibration.jsonl", identity)
-  costs = measured_costs(setup, workdir, writer, console, deadline)
+  log = logged_steps(setup, run.workdir, console)
+  costs = measured_costs(setup, run, console, deadline)
   artefact, comparison = speculation_fit.fit(setup, log, costs)
   for row in comparison:
-    writer.write(kind="replay", **row)
+    run.writer.write(kind="replay", **row)
   console.print(_table(comparison))
   path = pathlib.Path(config.artefact)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +136,7 @@ def _fields(log) -> dict[str, np.ndarray]:
 
 def measured_costs(
   setup: speculation_setup.Setup,
-  workdir: pathlib.Path,
-  writer,
+  run: runs.Run,
   console,
   deadline: float | None,
 ) -> list[calibration.StepCosts]:
@@ -150,9 +146,7 @@ def measured_costs(
   serves them by the next one that was measured.
   """
   config, settings = setup.config, setup.config.calibration
-  file = workdir / "calibration.jsonl"
-  found = records.read(file) if file.exists() else []
-  done = {r["batch"]: r for r in found if r["kind"] == "costs"}
+  done = {r["batch"]: r for r in run.found() if r["kind"] == "costs"}
   calls = {batch: _timed_call(setup, batch) for batch in config.batches}
   if config.compile_threads:
     programs = []
@@ -196,7 +190,7 @@ def measured_costs(
       plain_ms=plain_ms,
       packed=bool(shape.packed),
     )
-    writer.write(
+    run.writer.write(
       kind="costs", batch=batch, costs=_costs(costs), measured=measurements
     )
     console.print(

@@ -18,7 +18,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def prepare_corpus(config: Mapping, vocab_size: int, folder: pathlib.Path):
-  """Tokenizer and corpus under `folder`, made where they are missing."""
+  """Tokenizer and corpus under `folder`, made where they are missing.
+
+  Or the corpus that the key "cache" names, tokenised on another machine.
+  """
   tokenizer_file = folder / "tokenizer.json"
   if not tokenizer_file.exists() and config.get("tokenizer"):
     model = long_context_config.model_folder(config["tokenizer"])
@@ -36,6 +39,16 @@ def prepare_corpus(config: Mapping, vocab_size: int, folder: pathlib.Path):
       "config.model.vocab_size must hold the tokenizer's entries; got "
       f"vocab_size={vocab_size}, entries={tokenizer.vocab_size}."
     )
+  if config.get("cache"):
+    cache = pathlib.Path(config["cache"])
+    if data.Tokenizer.load(cache / "tokenizer.json").to_json() != (
+      tokenizer.to_json()
+    ):
+      raise ValueError(
+        "config.data.cache must be tokenised by the model's tokenizer; got "
+        f"cache={config['cache']!r}, whose tokenizer is another one."
+      )
+    return tokenizer_file, cache
   directories = tuple(config["extra_directories"])
   directories += package_folders(config["packages"])
   corpus = folder / "corpus"

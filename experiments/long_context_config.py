@@ -20,7 +20,7 @@ CALIBRATED = "calibrated"  # method whose settings are read from a file
 _CALIBRATION = "sparse_attention.json"  # that file beside a model's weights
 MEASURES = ("answers", "next_token", "layers", "attention_time", "prefill")
 REFERENCE_MEASURES = ("answers", "next_token", "prefill")
-_PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
+PRETRAINED = pathlib.Path(models.__file__).parents[1] / "pretrained"
 _WEIGHTS = "model.safetensors"
 
 
@@ -233,10 +233,10 @@ def parse(config: Any) -> LongContextConfig:
 
 def model_folder(name: str) -> pathlib.Path:
   """Folder of a checkpoint: a path, or the name of one that ships."""
-  for folder in (_PRETRAINED / name, pathlib.Path(name)):
+  for folder in (PRETRAINED / name, pathlib.Path(name)):
     if (folder / "config.json").is_file():
       return folder
-  shipped = sorted(p.parent.name for p in _PRETRAINED.glob("*/config.json"))
+  shipped = sorted(p.parent.name for p in PRETRAINED.glob("*/config.json"))
   raise ValueError(
     "config.model must be a checkpoint's folder or a shipped model; got "
     f"model={name!r}; expected a folder with config.json, or one of {shipped}."
@@ -268,6 +268,13 @@ def weights_hash(folder: pathlib.Path) -> str:
 def file_hash(file: pathlib.Path) -> str:
   """Checksum of any file."""
   return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def calibration_of(folder: pathlib.Path) -> attention.Calibration:
+  """The sparse attention that lies beside a model's weights."""
+  return attention.load_calibration(
+    folder / _CALIBRATION, model_sha256=weights_hash(folder)
+  )
 
 
 def _calibration_file(settings: Mapping, model: str) -> pathlib.Path:

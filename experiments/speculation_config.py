@@ -5,11 +5,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import flags_and_configs
+from experiments import flags_and_configs, long_context_config
 from pallas_kernels import checks
 from unisparse_jax import models
 from unisparse_jax.data import domains
-from unisparse_jax.speculative import tree
+from unisparse_jax.speculative import head_files, tree
 
 PLAIN = "plain"
 # In the order in which they are measured: the later ones need the earlier.
@@ -28,6 +28,9 @@ METHODS = (
   "static",  # EAGLE-1: a tree of fixed shape
   "oracle",  # knows the output: a bound for every policy
 )
+# "unisparse": target and head by top-p; "calibrated": the target by the
+# settings by layer and head that lie beside its weights, the head as before.
+PREFILLS = ("dense", "unisparse", "calibrated")
 CALIBRATED = ("heterospec", "joint", "fixed_best", "predictive", "gated")
 
 
@@ -75,7 +78,7 @@ class SpeculationConfig:
 
   Attributes:
     target: folder of the decoder, or the name of one that ships.
-    head: folder of its draft head.
+    head: folder of its draft head, or the name of a model that ships with one.
     corpus: folder of a tokenised corpus; prompts are of its held-out split.
       "": the standard library, tokenised into the workdir.
     artefact: file that the calibration writes and the measurement reads.
@@ -100,12 +103,15 @@ class SpeculationConfig:
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
     repeats: timed calls of each batch, of which the fastest counts.
+    interleave: time plain decoding again before every call, where others use
+      the machine; speed-ups are then over these times.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
     long_prompts: lengths of long prompts, one request each, whose prefill and
       answer are timed together, dense and sparse.
     long_new_tokens: tokens of their answers.
     long_methods: of METHODS, beside plain decoding.
-    long_top_p: of the sparse prefill of target and head.
+    long_prefills: of PREFILLS.
+    long_top_p: of UniSparse in the sparse prefills.
     exact_prompts: prompts of each domain whose float32 output is compared.
     exact_batches: rows of these comparisons.
     exact_new_tokens: tokens of each.
@@ -139,10 +145,12 @@ class SpeculationConfig:
   short_prompt: int = 256
   new_tokens: int = 256
   repeats: int = 2
+  interleave: bool = False
   batch_1_prompts: int = 4
   long_prompts: tuple[int, ...] = ()
   long_new_tokens: int = 512
   long_methods: tuple[str, ...] = ("fixed", "heterospec")
+  long_prefills: tuple[str, ...] = ("dense", "unisparse")
   long_top_p: float = 0.95
   exact_prompts: int = 4
   exact_batches: tuple[int, ...] = (1, 4)
@@ -172,6 +180,8 @@ class SpeculationConfig:
         checks.check_choice(name, value, allowed)
     for method in self.long_methods:
       checks.check_choice("long_methods", method, METHODS)
+    for prefill in self.long_prefills:
+      checks.check_choice("long_prefills", prefill, PREFILLS)
     checks.check_fraction("long_top_p", self.long_top_p)
     for method in self.few:
       checks.check_choice("few", method, METHODS)
@@ -247,11 +257,11 @@ def parse(config: Any) -> SpeculationConfig:
 
 
 def head_folder(path: str) -> pathlib.Path:
-  """Folder of a draft head; ValueError where there is none."""
-  folder = pathlib.Path(path)
-  if not (folder / "head.json").is_file():
-    raise ValueError(
-      f"config.head must be a draft head's folder; got head={path!r}; expected "
-      "what experiments.train_draft_head wrote."
-    )
-  return folder
+  """Folder of a draft head, or of a model that ships with one; ValueError."""
+  for folder in (long_context_config.PRETRAINED / path, pathlib.Path(path)):
+    if (folder / head_files.SETTINGS).is_file():
+      return folder
+  raise ValueError(
+    f"config.head must be a draft head's folder; got head={path!r}; expected "
+    "what experiments.train_draft_head wrote, or a model that ships with one."
+  )

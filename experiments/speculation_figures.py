@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from experiments import figures
+from experiments import figures, speculation_values
 from experiments import speculation_config as config_lib
 from experiments import speculation_summary as summary
-from experiments import speculative_speedup_run as run_lib
 
 _COLOURS = (
   "#0969da", "#d1622b", "#2a8a4a", "#8250df", "#b8860b", "#c2255c", "#0e7490",
@@ -139,7 +138,9 @@ def _histograms(rows) -> bytes:
       color=colour, label=method,
     )  # fmt: skip
     right.stairs(
-      entropy / max(entropy.sum(), 1), run_lib.ENTROPY_EDGES, color=colour
+      entropy / max(entropy.sum(), 1),
+      speculation_values.ENTROPY_EDGES,
+      color=colour,
     )
   left.set_xlabel("rank; 0: nothing accepted")
   left.set_ylabel("share of calls")

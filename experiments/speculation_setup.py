@@ -92,8 +92,7 @@ class Setup:
       return lookup.SuffixMatch()
     head = head_files.load_head(
       config_lib.head_folder(self.config.head),
-      self.target(dtype).config,
-      dtype=jnp.dtype(dtype),
+      self.target(dtype),
     )
     return eagle.Eagle(head=head)
 
@@ -175,6 +174,7 @@ class Setup:
     log_trees: bool = False,
     limit: int | None = None,
     attention_fn: attention.AttentionFn = attention.DenseAttention(),
+    drafter_attention_fn: attention.AttentionFn | None = None,
   ) -> Call:
     """Decodes one batch; plainly where `drafter` is None.
 
@@ -191,6 +191,7 @@ class Setup:
       log_trees: see `speculative.generate`.
       limit: steps to take; default until all rows are done.
       attention_fn: of the prefill, of target and head.
+      drafter_attention_fn: of the head, where it is another one.
     """
     arguments = dict(
       drafter=drafter,
@@ -205,6 +206,7 @@ class Setup:
       log_trees=log_trees,
       limit=limit,
       attention_fn=attention_fn,
+      drafter_attention_fn=drafter_attention_fn,
     )
     if dtype == "float32":
       # Or a GPU would round the factors of products to 10 bits.
@@ -227,6 +229,7 @@ class Setup:
     log_trees,
     limit,
     attention_fn,
+    drafter_attention_fn,
   ) -> Call:
     target = self.target(dtype)
     sampler: models.Sampler = models.Greedy()
@@ -247,6 +250,7 @@ class Setup:
       policy=policy,
       sampler=sampler,
       attention_fn=attention_fn,
+      drafter_attention_fn=drafter_attention_fn,
       rng_key=keys if temperature else None,
       log_trees=log_trees,
       # Compared once, when the artefact is read: it reads every weight.

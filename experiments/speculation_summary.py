@@ -57,9 +57,11 @@ def summarise(records: Sequence[Row]) -> list[Row]:
     plain = index.get(_place(row, config_lib.PLAIN))
     fixed = index.get(_place(row, "fixed"))
     if plain and row["method"] != config_lib.PLAIN:
-      row["speedup"] = row["tokens_per_s"] / plain["tokens_per_s"]
+      row["speedup"] = row["tokens_per_s"] / row.get(
+        "plain_tokens_per_s", plain["tokens_per_s"]
+      )
     if fixed and row["method"] not in (config_lib.PLAIN, "fixed"):
-      row["over_fixed"] = row["tokens_per_s"] / fixed["tokens_per_s"] - 1.0
+      row["over_fixed"] = _relative(row) / _relative(fixed) - 1.0
       row["nodes_over_fixed"] = (
         row["nodes_per_token"] / fixed["nodes_per_token"] - 1.0
       )
@@ -95,6 +97,11 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   return rows
 
 
+def _relative(row: Row) -> float:
+  """Speed, over that of plain decoding where both were timed in turn."""
+  return row["tokens_per_s"] / row.get("plain_tokens_per_s", 1.0)
+
+
 def _place(row: Row, method: str) -> tuple:
   return (row["kind"], row["temperature"], row["batch"], row["domain"], method)
 
@@ -114,6 +121,7 @@ def _mean(rows: Sequence[Row]) -> Row:
     "nodes_per_token",
     "levels_per_call",
     "tokens_per_s",
+    "plain_tokens_per_s",
   ):
     if all(name in r for r in rows):
       mean[name] = float(np.mean([r[name] for r in rows]))

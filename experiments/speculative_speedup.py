@@ -19,12 +19,14 @@ from experiments import (
   flags_and_configs,
   long_context,
   long_context_config,
+  runs,
   speculation_config,
   speculation_report,
   speculation_summary,
   speculative_speedup_run,
 )
-from unisparse_jax import models, records
+from unisparse_jax import models
+from unisparse_jax.speculative import head_files
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 _FREE = ("max_seconds", "compile_threads")
@@ -74,7 +76,7 @@ def measure_all(
   identity = {
     **vars(config),
     "target_sha256": long_context_config.weights_hash(folder),
-    "head_sha256": long_context_config.file_hash(head / "head.safetensors"),
+    "head_sha256": long_context_config.file_hash(head / head_files.WEIGHTS),
   }
   if config.wants_artefact:
     artefact = pathlib.Path(config.artefact)
@@ -84,11 +86,9 @@ def measure_all(
         "expected what experiments.calibrate_speculation wrote."
       )
     identity["artefact_sha256"] = long_context_config.file_hash(artefact)
-  path = records.claim_workdir(workdir, identity, free=_FREE)
-  flags_and_configs.start_jax(path)
+  run = runs.begin(workdir, identity, free=_FREE)
   steps = speculative_speedup_run.plan(config)
-  file = path / "records.jsonl"
-  found = records.read(file) if file.exists() else []
+  found = run.found()
   done = {speculative_speedup_run.key(record) for record in found}
   missing = [step for step in steps if step.key not in done]
   console.print(
@@ -96,9 +96,8 @@ def measure_all(
     f"{len(steps) - len(missing)} of them recorded already"
   )
   if not missing:
-    return found, path
-  measurer = speculative_speedup_run.Measurer(config, path, found)
-  writer = records.RecordWriter(file, identity)
+    return found, run.workdir
+  measurer = speculative_speedup_run.Measurer(config, run.workdir, found)
   warmed = None
   for number, step in enumerate(missing, start=1):
     spent = time.monotonic() - start
@@ -114,7 +113,7 @@ def measure_all(
     begin = time.perf_counter()
     values = measurer.measure(step)
     seconds = time.perf_counter() - begin
-    measurer.remember(writer.write(**vars(step), **values, seconds=seconds))
+    measurer.remember(run.writer.write(**vars(step), **values, seconds=seconds))
     console.print(
       f"[{number}/{len(missing)}] {step}: {values['tokens_per_call']:.2f} "
       f"tokens a call, {values['tokens_per_s']:,.0f} tokens/s, "
@@ -124,7 +123,7 @@ def measure_all(
       highlight=False,
       soft_wrap=True,
     )
-  return records.read(file) if file.exists() else [], path
+  return run.found(), run.workdir
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import (
+  long_context_config,
+  speculation_setup,
+  speculation_values,
+)
 from experiments import speculation_config as config_lib
-from experiments import speculation_setup
 from unisparse_jax import attention
 from unisparse_jax.speculative import agreement, calibration, oracle, policy
 from unisparse_jax.speculative.calibration import predictor
 
 _MAX_GAPS = 8  # rows of a measurement that are looked into
-ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 # Methods whose policy is a table: one compiled program.
 _TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
+_NO_DRAFTER = {"drafter": None, "policy": None, "shape": None}
 _DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
 
 
@@ -34,7 +38,7 @@ class Step:
     batch: rows.
     temperature: 0 is greedy.
     prompt_len: tokens of a long prompt; 0: as the config says.
-    prefill: "dense" or "unisparse", of target and head.
+    prefill: of `speculation_config.PREFILLS`.
   """
 
   kind: str
@@ -86,8 +90,9 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
   def steps(kind, places):
     for batch, temperature in places:
       for method in methods:
-        is_few = method in config.few and kind == "speed"
-        if is_few and (batch, temperature) not in few_at:
+        # An exact comparison compiles its own programs: greedy ones for all.
+        few = few_at if kind == "speed" else {(batch, 0.0)}
+        if method in config.few and (batch, temperature) not in few:
           continue
         for domain in config.domains:
           yield Step(
@@ -119,7 +124,7 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
 
 def _long_steps(config: config_lib.SpeculationConfig) -> Iterable[Step]:
   for length in config.long_prompts:
-    for prefill in ("dense", "unisparse"):
+    for prefill in config.long_prefills:
       for method in (config_lib.PLAIN, *config.long_methods):
         yield Step(
           kind="long",
@@ -181,7 +186,7 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
-        attention_fn=self._attention_fn(step),
+        **self._attention_fns(step),
         **self._method(
           step, np.zeros((step.batch, new_tokens), np.int32), lengths
         ),
@@ -205,7 +210,7 @@ class Measurer:
     prompts = self._setup.prompts(
       step.domain, count=count, use="measure", size=step.prompt_len
     )
-    calls, expected, given = [], [], []
+    calls, plain_calls, expected, given = [], [], [], []
     for first in range(0, count - step.batch + 1, step.batch):
       tokens, lengths = self._setup.padded(
         prompts[first : first + step.batch], step.prompt_len
@@ -218,7 +223,7 @@ class Measurer:
         temperature=step.temperature,
         new_tokens=new_tokens,
         dtype=dtype,
-        attention_fn=self._attention_fn(step),
+        **self._attention_fns(step),
       )
       expected.append(self._expected(step, first, common, dtype))
       arguments = {**common, **self._method(step, expected[-1], lengths)}
@@ -228,18 +233,26 @@ class Measurer:
         # tree that runs for the first time is slow.
         self._setup.call(**arguments)
         self._warm.add(place)
-      repeats = [
-        self._setup.call(**arguments) for _ in range(self._config.repeats)
-      ]
+      repeats, plain_repeats = [], []
+      for _ in range(self._config.repeats):
+        if self._config.interleave and step.method != config_lib.PLAIN:
+          plain_repeats.append(self._setup.call(**common, **_NO_DRAFTER))
+        repeats.append(self._setup.call(**arguments))
       calls.append(min(repeats, key=lambda call: call.seconds))
+      if plain_repeats:
+        plain_calls.append(min(plain_repeats, key=lambda call: call.seconds))
     if step.method == config_lib.PLAIN:
       for first, call in enumerate(calls):
         self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
       expected = [call.tokens for call in calls]
     values = {
-      **_values(calls, step, new_tokens),
-      **_mismatches(calls, expected),
+      **speculation_values.of_calls(calls, step.batch, new_tokens),
+      **speculation_values.mismatches(calls, expected),
     }
+    if plain_calls:
+      values["plain_tokens_per_s"] = values["written"] / sum(
+        call.seconds for call in plain_calls
+      )
     if values["mismatched_rows"] and not step.temperature:
       values["first_gaps"] = self._gaps(calls, expected, given, dtype)
     return values
@@ -267,11 +280,16 @@ class Measurer:
   def _place(self, step: Step, first: int, dtype: str) -> tuple:
     return (step.domain, first, dtype, *step.place[1:])
 
-  def _attention_fn(self, step: Step) -> attention.AttentionFn:
+  def _attention_fns(self, step: Step) -> dict[str, Any]:
+    """How target and head attend in the prompt."""
     if step.prefill == "dense":
-      return attention.DenseAttention()
+      return {}
     pattern = attention.UniSparse(top_p=self._config.long_top_p)
-    return attention.SparseAttention(pattern=pattern)
+    sparse = attention.SparseAttention(pattern=pattern)
+    if step.prefill == "unisparse":
+      return dict(attention_fn=sparse)
+    found = long_context_config.calibration_of(self._setup.folder)
+    return dict(attention_fn=found.attention(), drafter_attention_fn=sparse)
 
   def _expected(self, step, first, common, dtype) -> np.ndarray:
     """What plain decoding writes; from the same batch and dtype."""
@@ -279,7 +297,7 @@ class Measurer:
     if step.method == config_lib.PLAIN:
       return np.zeros(0)
     if place not in self._plain:
-      plain = self._setup.call(drafter=None, policy=None, shape=None, **common)
+      plain = self._setup.call(**common, **_NO_DRAFTER)
       self._plain[place] = plain.tokens
     return self._plain[place]
 
@@ -287,7 +305,7 @@ class Measurer:
     """drafter, shape and policy of a method; the oracle knows the output."""
     config, method = self._config, step.method
     if method == config_lib.PLAIN:
-      return dict(drafter=None, policy=None, shape=None)
+      return dict(_NO_DRAFTER)
     if method in _DRAFTERS:
       shape = config.chain_shape
       everything = policy.Fixed(
@@ -342,85 +360,3 @@ class Measurer:
       "methods must name heterospec before fixed_same; got "
       f"{self._config.methods}."
     )
-
-
-def _values(calls, step: Step, new_tokens: int) -> dict[str, Any]:
-  seconds = sum(call.seconds for call in calls)
-  rows = len(calls) * step.batch
-  # The prefill writes the first token.
-  written = rows * (new_tokens - 1)
-  values = {
-    "rows": rows,
-    "written": written,
-    "decode_s": seconds,
-    "prefill_s": sum(call.prefill_seconds for call in calls),
-    "tokens_per_s": written / seconds,
-    "latency_s": (seconds + sum(c.prefill_seconds for c in calls)) / len(calls),
-  }
-  if calls[0].log is None:
-    return values | {
-      "steps": len(calls) * (new_tokens - 1),
-      "calls": written,
-      "tokens_per_call": 1.0,
-      "nodes_per_call": 1.0,
-      "nodes_per_token": 1.0,
-    }
-  logs = {
-    name: np.concatenate([call.log.column(name).reshape(-1) for call in calls])
-    for name in (
-      "accept_len",
-      "num_emitted",
-      "nodes",
-      "bucket",
-      "bin",
-      "terminal_rank",
-      "draft_levels",
-      "entropy",
-    )
-  }
-  active = logs["num_emitted"] > 0
-  logs = {name: column[active] for name, column in logs.items()}
-  num_calls, emitted = int(active.sum()), int(logs["num_emitted"].sum())
-  nodes = int(logs["nodes"].sum())
-  ranks = logs["terminal_rank"]
-  accepted = ranks > 0
-  quarter = np.maximum(logs["nodes"] // 4, 1)
-  entropy = logs["entropy"][logs["draft_levels"] > 0]
-  return values | {
-    "steps": sum(int(call.log.num_steps) for call in calls),
-    "calls": num_calls,
-    "tokens_per_call": emitted / num_calls,
-    "accepted_per_call": float(logs["accept_len"].mean()),
-    "nodes_per_call": nodes / num_calls,
-    "bucket_per_call": float(logs["bucket"].mean()),
-    "nodes_per_token": nodes / emitted,
-    "levels_per_call": float(logs["draft_levels"].mean()),
-    "accept_histogram": np.bincount(logs["accept_len"]).tolist(),
-    "terminal_rank_histogram": np.bincount(ranks).tolist(),
-    "terminal_rank_top_quarter": float(
-      np.mean(ranks[accepted] <= quarter[accepted])
-    )
-    if accepted.any()
-    else None,
-    "entropy_histogram": np.histogram(entropy, ENTROPY_EDGES)[0].tolist(),
-    "bin_histogram": np.bincount(np.maximum(logs["bin"], 0)).tolist(),
-    "bin_tokens": np.bincount(
-      np.maximum(logs["bin"], 0), weights=logs["num_emitted"]
-    ).tolist(),
-  }
-
-
-def _mismatches(calls, expected) -> dict[str, Any]:
-  """Rows and tokens that differ from plain decoding, and where first."""
-  rows = tokens = 0
-  firsts = []
-  for call, wanted in zip(calls, expected, strict=True):
-    differs = call.tokens != wanted
-    rows += int(differs.any(axis=1).sum())
-    tokens += int(differs.sum())
-    firsts += [int(np.argmax(row)) for row in differs if row.any()]
-  return {
-    "mismatched_rows": rows,
-    "mismatched_tokens": tokens,
-    "first_mismatch": min(firsts) if firsts else None,
-  }

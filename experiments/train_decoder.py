@@ -22,7 +22,7 @@ _CONFIG, _WORKDIR = flags_and_configs.define()
 _SECTIONS = ("model", "train", "data", "eval")
 _DATA_KEYS = (
   *("seed", "packages", "extra_directories", "mixture", "tokenizer"),
-  "answer_weights",
+  *("answer_weights", "cache"),
 )
 _EVAL_KEYS = ("seq_len", "rows", "batch_size", "task_lens", "task_rows")
 

@@ -115,6 +115,7 @@ def open_corpus(
   folder = pathlib.Path(path) if path else workdir / "corpus"
   if not path:
     data.build_cache(folder, tokenizer)
+    data.domains.prepare_docs(data.CodeCorpus(folder, "train"))
   corpus = data.CodeCorpus(folder, "train")
   if corpus.tokenizer.to_json() != tokenizer.to_json():
     raise ValueError(

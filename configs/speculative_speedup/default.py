@@ -32,11 +32,10 @@ def get_config():
   config.head = "out/head/head"
   config.corpus = "out/target/data/corpus"
   config.artefact = "out/calibration/policy.json"
-  config.shape = dict(
-    width=8, base_depth=6, max_depth=10, buckets=(1, 16, 32, 64)
-  )
-  # Rows of these batches share one verification of so many nodes.
-  config.packed = ((16, 16, 192, 512, 1024), (64, 64, 512, 1536, 4096))
+  config.shape = dict(width=8, base_depth=6, max_depth=10, buckets=(1, 16, 64))
+  # Rows of these batches share one verification of so many nodes. Every size is
+  # one more copy of the target to compile.
+  config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))
   config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
   config.static_shape = dict(
     width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC

@@ -57,6 +57,7 @@ def get_config():
   config.data = dict(
     seed=0,
     tokenizer="pylib_12m",  # That of a model, rather than a new one.
+    cache="",  # A folder that `data.build_cache` wrote replaces the sources.
     packages=(
       *("torch", "transformers", "jax", "scipy", "sklearn", "sympy", "pandas"),
       *("numpy", "numba", "networkx", "statsmodels", "matplotlib", "skimage"),

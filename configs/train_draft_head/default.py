@@ -4,7 +4,7 @@
 Run:     python -m experiments.train_draft_head
            --config=configs/train_draft_head/default.py --workdir=out/head
          after configs/train_decoder/target_155m.py into out/target.
-Device:  one H100, about 2 minutes of writing and 4 of training.
+Device:  one H100, about 2 minutes of writing and 3 of training.
 Expect:  to be filled from the first recorded run.
 """
 
@@ -21,8 +21,8 @@ def get_config():
       dict(
         name="short",
         domains=("code", "docs", "word_problems", "tables"),
-        rows=16_384,
-        batch_size=512,
+        rows=49_152,  # As many as the time allows.
+        batch_size=1024,
         min_prompt_len=32,
         prompt_len=256,
         new_tokens=384,
@@ -44,17 +44,23 @@ def get_config():
     num_processes=config_dict.placeholder(int),
   )
   config.head = dict(
-    tap_layers=(),  # The published choice for the target's depth.
+    # The high tap is the last layer's output, and the output layer stays the
+    # target's. Held-out loss and accuracy on pylib_12m after 80 small steps:
+    # taps 2, L / 2, L - 3: 5.72, 15.9%; 2, 5, L: 5.31, 15.2%; with a shared
+    # output layer 5.36, 17.0%, and 5.01, 21.0% at three times the learning rate
+    # (with its own 5.14, 16.4%). Norms before the fusion: 5.25, 19.7%.
+    tap_layers=(2, 16, 32),
     mlp_dim=0,  # The target's.
     norm_before_fusion=False,
     feed_back_normed=False,
+    share_output=True,
   )
   config.train = dict(
-    steps=4000,
-    batch_tokens=32_768,
+    steps=9000,  # An upper bound: the learning rate follows the time.
+    batch_tokens=16_384,
     num_unrolled=5,
     decay=0.8,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     warmup_fraction=0.02,
     final_lr_fraction=0.05,
     clip_norm=0.5,
@@ -62,8 +68,8 @@ def get_config():
     dtype="bfloat16",
     attention="cudnn",
     held_out=0.02,
-    checkpoint_every=500,
-    log_every=50,
+    checkpoint_every=2000,
+    log_every=100,
     max_seconds=230.0,
   )
   return config

@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
 
     Args:
       tokens: see `__call__`; so are those that are not named here.
-      taps: layers, in the order wanted.
+      taps: layers, in the order wanted; num_layers: the last one's output.
       cache: see `__call__`.
       attention_fn: see `__call__`.
       lengths: see `__call__`.
@@ -241,6 +241,7 @@ class Decoder(nnx.Module):
         # trace closes over the model.
         layer_call = jax.checkpoint(layer_call) if remat else layer_call
         x = layer_call(block, x, cos, sin)
+      inputs.append(x)
       return self.norm(x), None, join_taps(inputs, taps)
 
     new_cache = cache
@@ -257,6 +258,7 @@ class Decoder(nnx.Module):
         lengths=lengths,
       )
     assert new_cache is not None, "a layer that is given a cache returns one"
+    inputs.append(x)
     x = self.norm(x)
     if not cache_is_empty:
       # A write past the end would land on valid slots: never silently.

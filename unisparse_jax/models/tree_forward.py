@@ -227,6 +227,7 @@ def tree_forward(
       return pack(out)
 
     x, _, _ = block.attend_with(x, cos, sin, attend)
+  inputs.append(x)
   joined = decoder.join_taps(inputs, taps)
   out = TreeOutput(
     hidden=model.norm(x),

@@ -17,6 +17,7 @@ from unisparse_jax.speculative.drafters.by_level import Frontier as Frontier
 from unisparse_jax.speculative.drafters.by_level import (
   LevelDrafter as LevelDrafter,
 )
+from unisparse_jax.speculative.drafters.eagle import Eagle as Eagle
 from unisparse_jax.speculative.drafters.lookup import (
   PromptLookup as PromptLookup,
 )
@@ -29,11 +30,14 @@ from unisparse_jax.speculative.drafters.sampled_chain import (
 from unisparse_jax.speculative.drafters.small_decoder import (
   SmallDecoder as SmallDecoder,
 )
+from unisparse_jax.speculative.eagle_head import EagleHead as EagleHead
 from unisparse_jax.speculative.gated import Gated as Gated
 from unisparse_jax.speculative.generate import Result as Result
 from unisparse_jax.speculative.generate import Session as Session
 from unisparse_jax.speculative.generate import generate as generate
 from unisparse_jax.speculative.generate import prepare as prepare
+from unisparse_jax.speculative.head_files import load_head as load_head
+from unisparse_jax.speculative.head_files import save_head as save_head
 from unisparse_jax.speculative.oracle import Oracle as Oracle
 from unisparse_jax.speculative.policy import Decision as Decision
 from unisparse_jax.speculative.policy import Evidence as Evidence

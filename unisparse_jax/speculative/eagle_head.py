@@ -34,10 +34,12 @@ class EagleHeadConfig:
   Attributes:
     target: architecture of the decoder that it drafts for; widths, heads and
       RoPE are taken over.
-    tap_layers: layers whose input is read, low to high.
+    tap_layers: layers whose input is read, low to high; num_layers reads the
+      last one's output.
     mlp_dim: width of the gated MLP; 0 takes the target's.
     norm_before_fusion: RMSNorm on each tap before `fuse` (EAGLE-3.1).
     feed_back_normed: later draft steps read norm(a) rather than a (EAGLE-3.1).
+    share_output: `lm_head` stays the target's; only its norm is trained.
   """
 
   target: models.DecoderConfig
@@ -45,6 +47,7 @@ class EagleHeadConfig:
   mlp_dim: int = 0
   norm_before_fusion: bool = False
   feed_back_normed: bool = False
+  share_output: bool = False
 
   def __post_init__(self):
     checks.require(
@@ -55,11 +58,11 @@ class EagleHeadConfig:
     )
     for layer in self.tap_layers:
       checks.require(
-        isinstance(layer, int) and 0 <= layer < self.target.num_layers,
+        isinstance(layer, int) and 0 <= layer <= self.target.num_layers,
         "tap_layers",
         "be layers of the target",
         layer,
-        f"0 to {self.target.num_layers - 1}",
+        f"0 to {self.target.num_layers}",
       )
     checks.check_non_negative_int("mlp_dim", self.mlp_dim)
 
@@ -67,6 +70,10 @@ class EagleHeadConfig:
   def taps_dim(self) -> int:
     """Channels of the taps side by side."""
     return len(self.tap_layers) * self.target.embed_dim
+
+  def is_shared(self, name: str) -> bool:
+    """Whether this part of a head is the target's and stays so."""
+    return name == "embed" or (name == "lm_head" and self.share_output)
 
 
 class EagleHead(nnx.Module):

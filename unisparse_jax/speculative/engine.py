@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from unisparse_jax import models
+from unisparse_jax import attention, models
 from unisparse_jax.models import kv_cache, prompt_pass, sampling
 from unisparse_jax.speculative import (
   plain_steps,
@@ -84,7 +84,9 @@ class DecodeState:
   log: statistics.StepLog
 
 
-@functools.partial(jax.jit, static_argnames=("attention_fn", "settings"))
+@functools.partial(
+  jax.jit, static_argnames=("attention_fn", "settings", "drafter_attention_fn")
+)
 def prefill(
   target: models.Decoder,
   drafter: base.Drafter,
@@ -96,6 +98,7 @@ def prefill(
   *,
   attention_fn: Any,
   settings: Settings,
+  drafter_attention_fn: Any = None,
 ) -> DecodeState:
   """Runs the prompts through target and drafter and draws the first token.
 
@@ -109,10 +112,17 @@ def prefill(
     keys: see `DecodeState`.
     attention_fn: how target and drafter attend in the prompt.
     settings: static.
+    drafter_attention_fn: see `generate`.
 
   Returns:
     The state after one token a row.
   """
+  if drafter_attention_fn is None:
+    # Settings by layer are the target's own.
+    is_layered = hasattr(attention_fn, "for_layer")
+    drafter_attention_fn = (
+      attention.DenseAttention() if is_layered else attention_fn
+    )
   batch, q_len = tokens.shape
   shape = settings.shape
   cache = kv_cache.KVCache.init(
@@ -146,7 +156,7 @@ def prefill(
     drafter.init(target, batch=batch, capacity=settings.capacity),
     committed,
     is_prefill=True,
-    attention_fn=attention_fn,
+    attention_fn=drafter_attention_fn,
   )
   lengths = lengths + 1
   return DecodeState(

@@ -54,6 +54,7 @@ def generate(
   policy: policy_lib.Policy | None = None,
   sampler: sampling.Sampler = sampling.Greedy(),
   attention_fn: attention.AttentionFn = attention.DenseAttention(),
+  drafter_attention_fn: attention.AttentionFn | None = None,
   eos_id: int | Sequence[int] | None = None,
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
@@ -76,6 +77,8 @@ def generate(
     policy: sizes each step's tree; default: the whole of `shape`.
     sampler: how tokens are drawn.
     attention_fn: how target and drafter attend in the prompt.
+    drafter_attention_fn: for the drafter; default: attention_fn, but dense
+      where that has settings for every layer of the target.
     eos_id: token, or tokens, that end a row.
     lengths: int [batch], valid tokens of each row; default q_len.
     rng_key: as `models.generate`.
@@ -110,6 +113,7 @@ def generate(
     policy=policy,
     sampler=sampler,
     attention_fn=attention_fn,
+    drafter_attention_fn=drafter_attention_fn,
     eos_id=eos_id,
     lengths=lengths,
     rng_key=rng_key,
@@ -136,6 +140,7 @@ def prepare(
   policy: policy_lib.Policy | None = None,
   sampler: sampling.Sampler = sampling.Greedy(),
   attention_fn: attention.AttentionFn = attention.DenseAttention(),
+  drafter_attention_fn: attention.AttentionFn | None = None,
   eos_id: int | Sequence[int] | None = None,
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
@@ -164,6 +169,7 @@ def prepare(
   if lengths is None:
     lengths = jnp.full((batch,), q_len, jnp.int32)
   arguments.check_hashable("attention_fn", attention_fn)
+  arguments.check_hashable("drafter_attention_fn", drafter_attention_fn)
   arguments.check_hashable("sampler", sampler)
   checks.require(
     rng_key is not None or not sampler.needs_key,
@@ -238,6 +244,7 @@ def prepare(
     keys,
     attention_fn=attention_fn,
     settings=settings,
+    drafter_attention_fn=drafter_attention_fn,
   )
   return Session(
     target=target,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A draft head as a folder: weights as safetensors, settings as JSON."""
+"""A draft head as two files: weights as safetensors, settings as JSON.
+
+What the head shares with its target, such as the embedding, is not stored. The
+files may lie beside the target's own.
+"""
 
 import json
 import pathlib
@@ -17,9 +21,15 @@ from pallas_kernels import checks
 from unisparse_jax import models
 from unisparse_jax.speculative import eagle_head
 
-_FORMAT = "unisparse_jax.eagle_head.1"
-_WEIGHTS, _SETTINGS = "head.safetensors", "head.json"
-_FLAGS = ("tap_layers", "mlp_dim", "norm_before_fusion", "feed_back_normed")
+WEIGHTS, SETTINGS = "draft_head.safetensors", "draft_head.json"
+_FORMAT = "unisparse_jax.eagle_head.2"
+_FLAGS = (
+  "tap_layers",
+  "mlp_dim",
+  "norm_before_fusion",
+  "feed_back_normed",
+  "share_output",
+)
 _SIZES = ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim")
 
 
@@ -30,7 +40,7 @@ def save_head(
   dtype: DTypeLike = jnp.bfloat16,
   about: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-  """Writes a head's weights and settings.
+  """Writes the weights that are a head's own, and its settings.
 
   Args:
     head: the head.
@@ -46,10 +56,11 @@ def save_head(
   arrays = {
     name: np.asarray(jax.device_get(x).astype(dtype))
     for name, x in _flat(head).items()
+    if not head.config.is_shared(name.split(".")[0])
   }
-  temporary = folder / (_WEIGHTS + ".tmp")
+  temporary = folder / (WEIGHTS + ".tmp")
   safetensors.save_file(arrays, temporary)
-  temporary.replace(folder / _WEIGHTS)
+  temporary.replace(folder / WEIGHTS)
   settings = {name: getattr(head.config, name) for name in _FLAGS}
   target = {name: getattr(head.config.target, name) for name in _SIZES}
   text = json.dumps(
@@ -61,34 +72,34 @@ def save_head(
     },
     indent=2,
   )
-  (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
+  (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
   return folder
 
 
 def load_head(
   folder: pathlib.Path | str,
-  target: models.DecoderConfig,
+  target: models.Decoder,
   *,
-  dtype: DTypeLike = jnp.float32,
+  dtype: DTypeLike | None = None,
   param_dtype: DTypeLike | None = None,
 ) -> eagle_head.EagleHead:
   """Reads what `save_head` wrote.
 
   Args:
     folder: with the head's two files.
-    target: of the decoder that it drafts for.
-    dtype: of the activations.
+    target: the decoder that it drafts for.
+    dtype: of the activations; default the target's.
     param_dtype: of the weights; default dtype.
 
   Raises:
     ValueError: no head is there, or it was made for another target.
   """
   folder = pathlib.Path(folder)
-  if not (folder / _SETTINGS).is_file():
+  if not (folder / SETTINGS).is_file():
     raise ValueError(
-      f"folder must hold a draft head; got folder={folder} without {_SETTINGS}."
+      f"folder must hold a draft head; got folder={folder} without {SETTINGS}."
     )
-  found = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+  found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
   checks.require(
     found.get("format") == _FORMAT,
     "format",
@@ -96,7 +107,7 @@ def load_head(
     found.get("format"),
     _FORMAT,
   )
-  sizes = {name: getattr(target, name) for name in _SIZES}
+  sizes = {name: getattr(target.config, name) for name in _SIZES}
   checks.require(
     found["target"] == sizes,
     "head",
@@ -105,27 +116,32 @@ def load_head(
     str(sizes),
   )
   settings = {**found["head"], "tap_layers": tuple(found["head"]["tap_layers"])}
-  config = eagle_head.EagleHeadConfig(target=target, **settings)
-  head = eagle_head.EagleHead(
-    config,
+  config = eagle_head.EagleHeadConfig(target=target.config, **settings)
+  dtype = target.dtype if dtype is None else dtype
+  head = eagle_head.EagleHead.from_target(
+    target,
+    config=config,
     rngs=nnx.Rngs(0),
     dtype=dtype,
     param_dtype=dtype if param_dtype is None else param_dtype,
   )
-  arrays = safetensors.load_file(folder / _WEIGHTS)
+  arrays = safetensors.load_file(folder / WEIGHTS)
   graphdef, state = nnx.split(head)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
   new = []
   for path, leaf in leaves:
-    array = arrays[_name(path)]
+    name = _name(path)
+    if config.is_shared(name.split(".")[0]):
+      new.append(leaf)
+      continue
     checks.require(
-      array.shape == leaf.shape,
-      _name(path),
+      arrays[name].shape == leaf.shape,
+      name,
       "have the shape of the head's settings",
-      array.shape,
+      arrays[name].shape,
       str(leaf.shape),
     )
-    new.append(jnp.asarray(array).astype(leaf.dtype))
+    new.append(jnp.asarray(arrays[name]).astype(leaf.dtype))
   return nnx.merge(graphdef, jax.tree.unflatten(treedef, new))
 
 

@@ -8,6 +8,7 @@ of steps 1 to s at slot i alone: what it would see while drafting from slot i.
 Source: Li et al., 2025, "EAGLE-3", arXiv 2503.01840, section 3.2.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -41,6 +42,8 @@ def unrolled_loss(
   num_steps: int,
   decay: float = 0.8,
   top_k: int = 10,
+  window: int | None = None,
+  metric_rows: int | None = None,
   attention_fn: attention.AttentionFn = attention.DenseAttention(),
 ) -> tuple[Array, dict[str, Array]]:
   """Loss of a head unrolled for several steps.
@@ -57,34 +60,40 @@ def unrolled_loss(
     num_steps: draft steps that are unrolled, at least 1.
     decay: weight of a step over that of the step before.
     top_k: candidates that count as a hit.
-    attention_fn: of step 0, which is plain causal attention.
+    window: slots of a row that are unrolled and scored, from the first on that
+      drafts a weighted token. Exact where the weights of every row are one run
+      of at most window + 1 - num_steps tokens; None: all slots.
+    metric_rows: rows that the sums are of, the first ones; None: all. They read
+      the logits several times, so where these are large they take their time.
+    attention_fn: of step 0 without a window, which is plain causal attention.
 
   Returns:
     The scalar loss, and arrays of sums: METRICS [num_steps] each, and
     "confidence", "accuracy", "accepted" (the target's probability of the head's
     likeliest token) and "count" [num_steps, NUM_BINS] by confidence.
   """
+  slots = _Slots.of(weights, window, num_steps)
   features = head.fused(taps)
+  # Once for all steps: [batch, window + num_steps - 1, vocab_size].
+  wanted = slots.take(target_hidden, 1, num_steps - 1)
+  wanted = jax.nn.log_softmax(target_logits(wanted), axis=-1)
+  wanted = jax.lax.stop_gradient(wanted)
   losses, sums = [], []
   firsts: tuple[Array, ...] = ()  # keys and values of step 0
   later: list[tuple[Array, Array]] = []  # of steps 1, 2, ...
-  alive = jnp.ones(tokens.shape, jnp.bool_)
+  alive = jnp.ones((tokens.shape[0], slots.count), jnp.bool_)[:metric_rows]
   for step in range(num_steps):
     out, k, v = layer_step(
-      head, tokens, features, firsts, later, step, attention_fn
+      head, tokens, features, firsts, later, step, attention_fn, slots
     )
     if step == 0:
       firsts = (k, v)
     else:
       later.append((k, v))
-    score = jax.checkpoint(_score, static_argnums=(0, 4, 5))
+    score = jax.checkpoint(_score, static_argnums=(4, 5, 6))
+    written = (slots.take(tokens, step + 2), slots.take(weights, step + 2))
     loss, values, alive = score(
-      target_logits,
-      head,
-      (out, _shift(target_hidden, step + 1)),
-      (_shift(tokens, step + 2), _shift(weights, step + 2), alive),
-      top_k,
-      step,
+      head, out, wanted, (*written, alive), top_k, step, metric_rows
     )
     losses.append(loss * jnp.float32(decay**step))
     sums.append(values)
@@ -142,38 +151,98 @@ def calibration_error(
   return gap / count if count else 0.0
 
 
-def layer_step(head, tokens, features, firsts, later, step: int, attention_fn):
-  """Output, keys and values of all slots at one step."""
+def layer_step(
+  head, tokens, features, firsts, later, step: int, attention_fn, slots=None
+):
+  """Output, keys and values of the slots at one step.
+
+  At step 0 keys and values are of all slots, later of the window alone, as are
+  the features then.
+  """
+  slots = _Slots(None, tokens.shape[1]) if slots is None else slots
   batch, seq_len = tokens.shape
-  positions = jnp.arange(seq_len, dtype=jnp.int32)[None, :] + step
-  positions = jnp.broadcast_to(positions, (batch, seq_len))
-  inputs = _shift(tokens, step + 1)
-  q, k, v = head.project(inputs, features, positions)
   if step == 0:
+    positions = jnp.arange(seq_len, dtype=jnp.int32)[None, :]
+    inputs = _shift(tokens, 1)
+  else:
+    positions = slots.index + step
+    inputs = slots.take(tokens, step + 1)
+  positions = jnp.broadcast_to(positions, (batch, positions.shape[1]))
+  q, k, v = head.project(inputs, features, positions)
+  if step > 0:
+    own = ([*(x for x, _ in later), k], [*(x for _, x in later), v])
+    attended = attend_unrolled(q, *firsts, *own, first=slots.first)
+  elif slots.first is None:
     attended = attention_fn(
       q, k, v, causal=True, scale=None, q_offset=0, kv_len=None
     )
   else:
-    own = ([*(x for x, _ in later), k], [*(x for _, x in later), v])
-    attended = attend_unrolled(q, *firsts, *own)
+    features = slots.take(features)
+    attended = attend_unrolled(slots.take(q), k, v, (), (), first=slots.first)
   return head.finish(features, attended), k, v
 
 
-def attend_unrolled(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
-  """Causal attention to k, and to one key of each of own_k: the query's own."""
-  seq_len = q.shape[1]
-  # [batch, seq_len, num_own, num_kv_heads, head_dim]
-  all_k, all_v = jnp.stack(own_k, axis=2), jnp.stack(own_v, axis=2)
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+  """`count` slots of each row from `first` int32 [batch] on; None: from 0."""
+
+  first: Array | None
+  count: int
+
+  @classmethod
+  def of(cls, weights, window: int | None, num_steps: int) -> "_Slots":
+    seq_len = weights.shape[1]
+    if window is None or window >= seq_len:
+      return cls(None, seq_len)
+    # Slot i drafts token i + 2 first, and token i + 1 + num_steps last.
+    first = jnp.argmax(weights > 0, axis=1).astype(jnp.int32) - 1 - num_steps
+    return cls(jnp.clip(first, 0, seq_len - window), window)
+
+  @property
+  def index(self) -> Int[Array, "#batch count"]:
+    """Number of each slot."""
+    index = jnp.arange(self.count, dtype=jnp.int32)[None, :]
+    return index if self.first is None else index + self.first[:, None]
+
+  def take(self, x: Array, offset: int = 0, more: int = 0) -> Array:
+    """x[:, slot + offset], and of `more` slots; zeros past the end."""
+    if self.first is None:
+      x = _shift(x, offset)
+      return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, offset + more)
+    return jax.vmap(
+      lambda row, first: jax.lax.dynamic_slice_in_dim(
+        row, first + offset, self.count + more
+      )
+    )(jnp.pad(x, pad), self.first)
+
+
+def attend_unrolled(
+  q, k, v, own_k: Sequence[Array], own_v: Sequence[Array], first=None
+):
+  """Causal attention to k, and to one key of each of own_k: the query's own.
+
+  Query i is slot i, or slot first[row] + i.
+  """
+  count = q.shape[1]
+  # [batch, count, num_own, num_kv_heads, head_dim]
+  if own_k:
+    all_k, all_v = jnp.stack(own_k, axis=2), jnp.stack(own_v, axis=2)
+  else:
+    shape = (k.shape[0], count, 0, *k.shape[2:])
+    all_k, all_v = jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)
   parts = []
-  for start in range(0, seq_len, _QUERY_CHUNK):
-    stop = min(start + _QUERY_CHUNK, seq_len)
-    chunk = jax.checkpoint(_attend_chunk, static_argnums=0)
+  for start in range(0, count, _QUERY_CHUNK):
+    stop = min(start + _QUERY_CHUNK, count)
+    seen = stop if first is None else k.shape[1]
+    chunk = jax.checkpoint(_attend_chunk)
     parts.append(
       chunk(
-        start,
+        jnp.int32(start) if first is None else (first + start)[:, None, None],
         q[:, start:stop],
-        k[:, :stop],
-        v[:, :stop],
+        k[:, :seen],
+        v[:, :seen],
         all_k[:, start:stop],
         all_v[:, start:stop],
       )
@@ -181,7 +250,7 @@ def attend_unrolled(q, k, v, own_k: Sequence[Array], own_v: Sequence[Array]):
   return jnp.concatenate(parts, axis=1)
 
 
-def _attend_chunk(start: int, q, k, v, own_k, own_v):
+def _attend_chunk(start, q, k, v, own_k, own_v):
   batch, q_len, num_heads, head_dim = q.shape
   q = q.reshape(batch, q_len, k.shape[2], -1, head_dim)
   wide = dict(preferred_element_type=jnp.float32)
@@ -189,11 +258,9 @@ def _attend_chunk(start: int, q, k, v, own_k, own_v):
   # [batch, num_kv_heads, group, q_len, kv_len] and [..., q_len, num_own]
   common = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, **wide) * scale
   own = jnp.einsum("bqhgd,bqshd->bhgqs", q, own_k, **wide) * scale
-  row = jax.lax.broadcasted_iota(jnp.int32, (q_len, k.shape[1]), 0) + start
-  column = jax.lax.broadcasted_iota(jnp.int32, (q_len, k.shape[1]), 1)
-  common = jnp.where(
-    (column <= row)[None, None, None], common, jnp.float32(-1e30)
-  )
+  row = jax.lax.broadcasted_iota(jnp.int32, (1, q_len, k.shape[1]), 1) + start
+  column = jax.lax.broadcasted_iota(jnp.int32, (1, q_len, k.shape[1]), 2)
+  common = jnp.where((column <= row)[:, None, None], common, jnp.float32(-1e30))
   weights = jax.nn.softmax(jnp.concatenate([common, own], axis=-1), axis=-1)
   weights = weights.astype(q.dtype)
   out = jnp.einsum("bhgqk,bkhd->bqhgd", weights[..., : k.shape[1]], v, **wide)
@@ -203,24 +270,25 @@ def _attend_chunk(start: int, q, k, v, own_k, own_v):
   return out.astype(q.dtype).reshape(batch, q_len, num_heads, head_dim)
 
 
-def _score(target_logits, head, states, written, top_k: int, step: int):
-  """Loss and sums of one step; its logits live only in here."""
-  del step
-  out, hidden = states
+def _score(head, out, wanted, written, top_k: int, step: int, rows):
+  """Loss and sums of one step; the head's logits live only in here."""
   tokens, weights, alive = written
-  logits = head.logits(out)
-  wanted = jax.lax.stop_gradient(target_logits(hidden))
-  log_q = jax.nn.log_softmax(logits, axis=-1)
-  p = jax.nn.softmax(wanted, axis=-1)
-  loss = -jnp.sum(p * log_q, axis=-1)
+  wanted = wanted[:, step : step + out.shape[1]]
+  log_q = jax.nn.log_softmax(head.logits(out), axis=-1)
+  loss = -jnp.sum(jnp.exp(wanted) * log_q, axis=-1)
   weight_sum = jnp.sum(weights)
   mean = jnp.sum(weights * loss) / jnp.maximum(weight_sum, jnp.float32(1e-6))
 
-  frozen = jax.lax.stop_gradient(log_q)
+  frozen, wanted, loss, tokens, weights = (
+    jax.lax.stop_gradient(x)[:rows]
+    for x in (log_q, wanted, loss, tokens, weights)
+  )
+  p, weight_sum = jnp.exp(wanted), jnp.sum(weights)
   best, target_best = jnp.argmax(frozen, axis=-1), jnp.argmax(wanted, axis=-1)
-  _, candidates = jax.lax.top_k(frozen, min(top_k, frozen.shape[-1]))
   is_right = best == target_best
-  is_hit = jnp.any(candidates == target_best[..., None], axis=-1)
+  # Without a sort: at most top_k - 1 tokens are likelier.
+  found = jnp.take_along_axis(frozen, target_best[..., None], axis=-1)
+  is_hit = jnp.sum(frozen > found, axis=-1) < top_k
   alive = alive & (best == tokens)
   confidence = jnp.exp(jnp.max(frozen, axis=-1))
   index = jnp.minimum((confidence * NUM_BINS).astype(jnp.int32), NUM_BINS - 1)

@@ -198,6 +198,8 @@ class HeteroSpec(StatelessPolicy):
     width: K of the entropy; that of the `TreeShape`.
     path_choice: see `Policy`.
     drafter_hash: see `Policy`.
+    can_skip: see `Policy`. With it a table without any node decodes plainly;
+      without, it drafts all the same, and throws the drafts away.
   """
 
   thresholds: Float[Array, "7"]
@@ -211,6 +213,11 @@ class HeteroSpec(StatelessPolicy):
   drafter_hash: str | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
+  can_skip: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+  def should_draft(self, state, context):
+    del state, context
+    return jnp.any(self.nodes > 0)
 
   @classmethod
   def create(cls, *, thresholds, depth, nodes, **kwargs: Any) -> "HeteroSpec":

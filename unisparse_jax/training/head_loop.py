@@ -113,7 +113,7 @@ class _Run:
     params = nnx.to_pure_dict(params)
     # Steps donate what they are given; the caller's head stays whole.
     params = jax.tree.map(jnp.copy, params)
-    self._optimizer = _make_optimizer(config)
+    self._optimizer = _make_optimizer(config, head.config.is_shared)
     self._state = {
       "params": params,
       "opt_state": jax.jit(self._optimizer.init)(params),
@@ -144,9 +144,19 @@ class _Run:
     )
     # The target is an argument: closed over, it would be a constant.
     self._train_step = jax.jit(
-      functools.partial(_step, loss, self._optimizer), donate_argnums=0
+      functools.partial(_step, loss, self._optimizer),
+      donate_argnums=0,
+      static_argnames="window",
     )
-    self._evaluate_batch = jax.jit(lambda *args: loss(*args)[1])
+    self._evaluate_batch = jax.jit(
+      lambda *args, window: loss(*args, window=window)[1],
+      static_argnames="window",
+    )
+    # The slots that draft what the target wrote: often a small part of a row.
+    self._windows = {
+      name: group.longest + config.num_unrolled - 1
+      for name, group in groups.items()
+    }
     self._pending = collections.deque()
     self._sums: Any = None
     self._interval_start = time.monotonic()
@@ -165,7 +175,11 @@ class _Run:
       rate = self._learning_rate()
       name, batch = self._batches[self._step]
       self._state, sums = self._train_step(
-        self._state, self._target, batch, np.float32(rate)
+        self._state,
+        self._target,
+        batch,
+        np.float32(rate),
+        window=self._windows[name],
       )
       self._step += 1
       self._pending.append((self._step, name, rate, sums))
@@ -260,7 +274,12 @@ class _Run:
     for name in self._groups:
       total = None
       for batch in self._batches.held_out(name):
-        sums = self._evaluate_batch(self._state["params"], self._target, batch)
+        sums = self._evaluate_batch(
+          self._state["params"],
+          self._target,
+          batch,
+          window=self._windows[name],
+        )
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
       result[name] = head_loss.summarise(total)
@@ -297,11 +316,16 @@ def _loss(graphdef, params, target, batch, **settings):
     num_steps=settings["num_unrolled"],
     decay=settings["decay"],
     top_k=settings["top_k"],
+    window=settings["window"],
+    metric_rows=settings.get("metric_rows"),
     attention_fn=settings["attention_fn"],
   )
 
 
-def _step(loss, transform, state, target, batch, rate):
+def _step(loss, transform, state, target, batch, rate, *, window):
+  # A quarter of the rows tells how training goes.
+  rows = -(-batch["tokens"].shape[0] // 4)
+  loss = functools.partial(loss, window=window, metric_rows=rows)
   (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(
     state["params"], target, batch
   )
@@ -318,8 +342,8 @@ def _step(loss, transform, state, target, batch, rate):
   return {"params": params, "opt_state": opt_state}, sums
 
 
-def _make_optimizer(config) -> optax.GradientTransformation:
-  """Clipping and AdamW at a learning rate of 1; the embedding stays."""
+def _make_optimizer(config, is_frozen) -> optax.GradientTransformation:
+  """Clipping and AdamW at a learning rate of 1, but for frozen parts."""
   adamw = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
@@ -334,7 +358,7 @@ def _make_optimizer(config) -> optax.GradientTransformation:
   def label(params):
     return {
       name: jax.tree.map(
-        lambda _, name=name: "frozen" if name == "embed" else "trained", part
+        lambda _, name=name: "frozen" if is_frozen(name) else "trained", part
       )
       for name, part in params.items()
     }

@@ -51,6 +51,11 @@ class TextGroup:
     """Tokens that the model wrote."""
     return int(np.sum(self.ends - self.starts))
 
+  @property
+  def longest(self) -> int:
+    """Most tokens that the model wrote in a row."""
+    return int(np.max(self.ends - self.starts))
+
   def take(self, rows) -> dict[str, np.ndarray]:
     """Batch of `rows`: tokens and weights, 1 on the model's own tokens."""
     index = np.arange(self.row_len)[None, :]

@@ -3,6 +3,10 @@
 
 import signal
 import threading
+import time
+
+# `timeout` signals its child and then the whole group: one request, not two.
+_SAME_REQUEST = 2.0  # seconds
 
 
 class StopRequests:
@@ -10,6 +14,7 @@ class StopRequests:
 
   def __init__(self):
     self.received: str | None = None
+    self._time = 0.0
     self._old = {}
 
   def __enter__(self):
@@ -24,6 +29,9 @@ class StopRequests:
 
   def _note(self, number, frame):
     del frame
-    if self.received:  # asked twice: stop at once
-      raise KeyboardInterrupt
+    if self.received:
+      if time.monotonic() - self._time > _SAME_REQUEST:
+        raise KeyboardInterrupt  # asked again: stop at once
+      return
+    self._time = time.monotonic()
     self.received = signal.Signals(number).name

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import numpy as safetensors
 
 from unisparse_jax import models
 from unisparse_jax.speculative import eagle_head, head_files
@@ -23,20 +24,27 @@ CONFIG = models.DecoderConfig(
 
 
 def test_round_trip_and_refusal(tmp_path):
+  target = models.Decoder(CONFIG, rngs=nnx.Rngs(0))
   config = eagle_head.EagleHeadConfig(
-    target=CONFIG, tap_layers=(0, 1), norm_before_fusion=True
+    target=CONFIG, tap_layers=(0, 2), norm_before_fusion=True, share_output=True
   )
-  head = eagle_head.EagleHead(config, rngs=nnx.Rngs(3))
+  head = eagle_head.EagleHead.from_target(
+    target, config=config, rngs=nnx.Rngs(3)
+  )
   head_files.save_head(head, tmp_path, dtype=jnp.float32, about={"steps": 5})
-  found = head_files.load_head(tmp_path, CONFIG)
+  stored = safetensors.load_file(tmp_path / head_files.WEIGHTS)
+  assert not any(name.startswith(("embed.", "lm_head")) for name in stored)
+  found = head_files.load_head(tmp_path, target)
   assert found.config == config
   for a, b in zip(jax.tree.leaves(head), jax.tree.leaves(found), strict=True):
     np.testing.assert_array_equal(a, b)
-  other = dataclasses.replace(CONFIG, num_layers=3)
+  other = models.Decoder(
+    dataclasses.replace(CONFIG, num_layers=3), rngs=nnx.Rngs(0)
+  )
   with pytest.raises(ValueError, match="head must be made for this target"):
     head_files.load_head(tmp_path, other)
   with pytest.raises(ValueError, match="folder must hold a draft head"):
-    head_files.load_head(tmp_path / "none", CONFIG)
+    head_files.load_head(tmp_path / "none", target)
 
 
 def test_starts_from_the_target():

@@ -148,3 +148,35 @@ def test_summary_and_calibration_error():
   assert found["chain_accept"] == pytest.approx([0.6, 0.5])
   assert found["ece"] == pytest.approx(0.15)
   assert found["ece_sampled"] == pytest.approx(0.05)
+
+
+def test_a_window_changes_nothing(made):
+  target, head, tokens, hidden, taps, _ = made
+  index = np.arange(12)[None]
+  weights = jnp.asarray(
+    (index >= [[4], [6]]) & (index < [[8], [12]]), jnp.float32
+  )
+
+  def loss(graphdef, state, window):
+    head = nnx.merge(graphdef, state)
+    return head_loss.unrolled_loss(
+      head, tokens, taps, hidden, target.logits, weights, num_steps=3,
+      window=window, attention_fn=DENSE,
+    )  # fmt: skip
+
+  graphdef, state = nnx.split(head)
+  both = jax.jit(
+    jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=(0, 2)
+  )
+  (whole, sums), grads = both(graphdef, state, None)
+  (part, part_sums), part_grads = both(graphdef, state, 8)
+  np.testing.assert_allclose(part, whole, rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves((part_sums, part_grads)),
+    jax.tree.leaves((sums, grads)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  # A window that is too small loses some.
+  (_, small), _ = both(graphdef, state, 5)
+  assert small["weight"][0] < sums["weight"][0]

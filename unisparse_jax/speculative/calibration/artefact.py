@@ -92,7 +92,7 @@ class Artefact:
     """
     self.check_drafter(drafter_hash)
     table = self.table(name, batch)
-    # Where drafting does not pay, a tree of the root alone.
+    # Where drafting does not pay, nothing is drafted.
     nodes = table.nodes if table.drafts else (0,) * len(table.nodes)
     return policy_lib.HeteroSpec.create(
       thresholds=self.thresholds,
@@ -102,6 +102,7 @@ class Artefact:
       width=self.width,
       path_choice=self.path_choice,
       drafter_hash=self.drafter_hash,
+      can_skip=not any(nodes),
     )
 
   def check_drafter(self, drafter_hash: str):

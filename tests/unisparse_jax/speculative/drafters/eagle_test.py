@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unisparse_jax import attention, models
+from unisparse_jax import attention, models, speculative
 from unisparse_jax.speculative import eagle_head, head_loss, policy, tree
 from unisparse_jax.speculative.drafters import base, by_level, eagle
 
@@ -229,4 +229,45 @@ def test_names_what_does_not_fit():
   with pytest.raises(ValueError, match="drafter must be made for a target"):
     drafter.check(other, tree.TreeShape(buckets=(1, 8)))
   with pytest.raises(ValueError, match="tap_layers must be layers"):
-    eagle_head.EagleHeadConfig(target=CONFIG, tap_layers=(0, 1, 3))
+    eagle_head.EagleHeadConfig(target=CONFIG, tap_layers=(0, 1, 4))
+
+
+def test_settings_by_layer_are_the_targets_alone():
+  target, head = make()
+  windows = attention.SparseAttention(
+    pattern=attention.Streaming(num_sink=8, num_local=8, block_q=8, block_kv=8)
+  )
+  layered = attention.LayeredAttention(layers=(DENSE, windows, DENSE))
+  tokens = np.random.default_rng(0).integers(0, 48, (1, 24))
+  plain = models.generate(
+    target, tokens, max_new_tokens=8, attention_fn=layered
+  )
+  result = speculative.generate(
+    target, eagle.Eagle(head=head), tokens, max_new_tokens=8,
+    shape=tree.TreeShape(width=2, base_depth=2, buckets=(1, 4)),
+    attention_fn=layered,
+  )  # fmt: skip
+  np.testing.assert_array_equal(result.tokens, plain)
+  with pytest.raises(ValueError, match="layers must be one attention for each"):
+    speculative.generate(
+      target, eagle.Eagle(head=head), tokens, max_new_tokens=8,
+      attention_fn=attention.LayeredAttention(layers=(DENSE,)),
+    )  # fmt: skip
+
+
+def test_a_table_without_nodes_drafts_nothing():
+  target, head = make()
+  tokens = np.random.default_rng(1).integers(0, 48, (2, 9))
+  plain = models.generate(target, tokens, max_new_tokens=20)
+  table = policy.HeteroSpec.create(
+    thresholds=np.full(7, np.inf), depth=[2] * 8, nodes=[0] * 8,
+    base_depth=2, width=2, can_skip=True,
+  )  # fmt: skip
+  result = speculative.generate(
+    target, eagle.Eagle(head=head), tokens, max_new_tokens=20,
+    shape=tree.TreeShape(width=2, base_depth=2, buckets=(1, 4)),
+    policy=table,
+  )  # fmt: skip
+  np.testing.assert_array_equal(result.tokens, plain)
+  assert int(result.log.num_steps) == 19
+  assert not np.any(result.log.column("draft_levels"))
