@@ -3,8 +3,9 @@
 
 Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/cox_long.py --workdir=out/cox
-Device:  2 CPU cores, about three minutes.
-Expect:  to be filled from the first recorded run.
+Device:  2 CPU cores, 4.5 minutes.
+Expect:  results/sampler_efficiency_cox_long_cpu.jsonl, min ESS a second: NUTS
+         195 (108 a CPU second), gi_latent_gaussian 101 (53), MALA 25 (13).
 """
 
 import ml_collections
