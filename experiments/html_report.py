@@ -4,14 +4,13 @@
 import base64
 import html
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments import figures, long_context_config
 from experiments import long_context_summary as summary
+from unisparse_jax import records as records_lib
 
 Draw = Callable[..., Iterable[figures.Picture]]
 ENVIRONMENT = (
@@ -58,12 +57,7 @@ def write(
   """
   path = workdir.absolute() / "report.html"
   text = render(records, workdir, draw)
-  with tempfile.NamedTemporaryFile(
-    "w", dir=workdir, prefix=path.name, delete=False, encoding="utf-8"
-  ) as file:
-    file.write(text)
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+  records_lib.write_text(path, text)
   return path
 
 

@@ -4,14 +4,13 @@
 import base64
 import html
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from experiments import html_report, speculation_figures
 from experiments import speculation_summary as summary
+from unisparse_jax import records as records_lib
 
 _DEFINITIONS = (
   "A call is one row's share of one pass of the target. Tokens per call count "
@@ -83,12 +82,7 @@ def write(
     parts += _section(title, f"<pre>{text}</pre>")
   parts.append("</body></html>\n")
   path = workdir.absolute() / "report.html"
-  with tempfile.NamedTemporaryFile(
-    "w", dir=workdir, prefix=path.name, delete=False, encoding="utf-8"
-  ) as file:
-    file.write("\n".join(parts))
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+  records_lib.write_text(path, "\n".join(parts))
   return path
 
 

@@ -4,9 +4,7 @@
 import base64
 import html
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from experiments import (
   vision_attention_data,
   vision_attention_figures,
 )
+from unisparse_jax import records as records_lib
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -218,12 +217,7 @@ def write(
     parts += _section(title, "", f"<pre>{text}</pre>")
   parts.append("</body></html>\n")
   path = workdir.absolute() / "report.html"
-  with tempfile.NamedTemporaryFile(
-    "w", dir=workdir, prefix=path.name, delete=False, encoding="utf-8"
-  ) as file:
-    file.write("\n".join(parts))
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+  records_lib.write_text(path, "\n".join(parts))
   return path
 
 

@@ -190,9 +190,13 @@ def claim_workdir(
 
 
 def write_json(path: pathlib.Path | str, value: Any):
-  """Writes `value` beside `path`, then renames: never half a file."""
+  """Writes `value` as JSON: never half a file."""
+  write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path | str, text: str):
+  """Writes `text` beside `path`, then renames: never half a file."""
   path = pathlib.Path(path)
-  text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
   with tempfile.NamedTemporaryFile(
     "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
   ) as file:
