@@ -208,9 +208,25 @@ def decode(
   def is_running(state):
     return jnp.any(~state.done) & (state.log.num_steps < last_step)
 
+  def is_end(tokens):
+    return _is_any(tokens, settings.eos_ids)
+
   def step(state):
     return _step(target, drafter, policy, state, settings)
 
+  if policy.declines:
+
+    def plain_step(state):
+      return plain_steps.one_step(
+        target,
+        policy,
+        state,
+        is_end=is_end,
+        shape=settings.shape,
+        sampler=settings.sampler,
+      )[0]
+
+    return lax.while_loop(is_running, plain_step, state)
   if not policy.can_skip:
     return lax.while_loop(is_running, step, state)
 
@@ -224,7 +240,7 @@ def decode(
       policy,
       state,
       wants_plain=lambda state: is_running(state) & ~drafts(state),
-      is_end=lambda tokens: _is_any(tokens, settings.eos_ids),
+      is_end=is_end,
       shape=settings.shape,
       sampler=settings.sampler,
       taps=_taps(target, drafter),

@@ -50,6 +50,10 @@ class Gated(policy_lib.StatelessPolicy):
   can_skip = True
 
   @property
+  def declines(self):
+    return self.policy.declines
+
+  @property
   def path_choice(self):
     return self.policy.path_choice
 

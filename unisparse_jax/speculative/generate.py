@@ -221,6 +221,8 @@ def prepare(
       policy.drafter_hash,
       f"drafter_hash={got!r}",
     )
+  if policy.declines:
+    drafter = base.NoDrafter()
   keys = None
   if sampler.needs_key:
     assert rng_key is not None, "checked above"

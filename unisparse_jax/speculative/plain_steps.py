@@ -59,7 +59,7 @@ def plain_steps(
 
   def body(carry):
     step, state, tapped = carry
-    state, new_taps = _one_step(
+    state, new_taps = one_step(
       target,
       policy,
       state,
@@ -107,7 +107,16 @@ def plain_steps(
   return state
 
 
-def _one_step(target, policy, state, *, is_end, shape, sampler, taps):
+def one_step(
+  target: models.Decoder,
+  policy: policy_lib.Policy,
+  state: Any,
+  *,
+  is_end: Callable[[Any], Any],
+  shape: tree.TreeShape,
+  sampler: sampling.Sampler,
+  taps: Sequence[int] = (),
+) -> tuple[Any, Any]:
   """The state after one token a row, and the taps [batch, 1, ...] or None."""
   batch = state.lengths.shape[0]
   active = ~state.done

@@ -112,6 +112,11 @@ class Policy(Protocol):
     ...
 
   @property
+  def declines(self) -> bool:
+    """Whether no step drafts: plain decoding, without the drafter. Static."""
+    ...
+
+  @property
   def can_skip(self) -> bool:
     """Whether `should_draft` may be False. Static."""
     ...
@@ -138,6 +143,7 @@ class StatelessPolicy:
 
   path_choice: Literal["cumulative", "last"] = "cumulative"
   drafter_hash: str | None = None
+  declines: bool = False
   can_skip = False
 
   def init_state(self, batch: int) -> Any:
@@ -198,8 +204,8 @@ class HeteroSpec(StatelessPolicy):
     width: K of the entropy; that of the `TreeShape`.
     path_choice: see `Policy`.
     drafter_hash: see `Policy`.
-    can_skip: see `Policy`. With it a table without any node decodes plainly;
-      without, it drafts all the same, and throws the drafts away.
+    declines: see `Policy`. A table without any node that does not decline
+      drafts all the same, and throws the drafts away.
   """
 
   thresholds: Float[Array, "7"]
@@ -213,11 +219,7 @@ class HeteroSpec(StatelessPolicy):
   drafter_hash: str | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
-  can_skip: bool = dataclasses.field(default=False, metadata=dict(static=True))
-
-  def should_draft(self, state, context):
-    del state, context
-    return jnp.any(self.nodes > 0)
+  declines: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @classmethod
   def create(cls, *, thresholds, depth, nodes, **kwargs: Any) -> "HeteroSpec":
@@ -254,6 +256,12 @@ class HeteroSpec(StatelessPolicy):
       "path_choice",
       kwargs.get("path_choice", "cumulative"),
       ("cumulative", "last"),
+    )
+    checks.require(
+      not (kwargs.get("declines") and np.any(table["nodes"])),
+      "declines",
+      "be False for a table with nodes",
+      True,
     )
     return cls(
       thresholds=jnp.asarray(thresholds),

@@ -102,7 +102,7 @@ class Artefact:
       width=self.width,
       path_choice=self.path_choice,
       drafter_hash=self.drafter_hash,
-      can_skip=not any(nodes),
+      declines=not any(nodes),
     )
 
   def check_drafter(self, drafter_hash: str):

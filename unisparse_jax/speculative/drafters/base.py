@@ -160,6 +160,29 @@ class Drafter(Protocol):
     ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoDrafter:
+  """Stands for a drafter that is never asked; keeps nothing."""
+
+  needs_taps = False
+
+  def check(self, target, shape):
+    del target, shape
+
+  def init(self, target, *, batch, capacity):
+    del target, batch, capacity
+    return ()
+
+  def extend(self, target, state, committed, *, is_prefill, attention_fn):
+    del target, committed, is_prefill, attention_fn
+    return state
+
+  def draft(self, *args, **kwargs):
+    del args, kwargs
+    raise NotImplementedError("a policy that declines asks for no draft")
+
+
 def top_children(
   logits: Float[Array, "... vocab_size"], width: int
 ) -> tuple[Int[Array, "... width"], Float[Array, "... width"]]:

@@ -71,7 +71,7 @@ def test_the_next_larger_batch_and_no_drafts():
   assert artefact.table("joint", 64).batch == 16
   made = artefact.policy("joint", batch=64, drafter_hash="abc")
   assert set(np.asarray(made.nodes)) == {0}
-  assert made.can_skip  # or it would draft, and throw the drafts away
+  assert made.declines  # or it would draft, and throw the drafts away
   with pytest.raises(ValueError, match="name must be one of"):
     artefact.table("best", 1)
 

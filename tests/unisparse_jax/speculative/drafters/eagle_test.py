@@ -11,7 +11,13 @@ import pytest
 from flax import nnx
 
 from unisparse_jax import attention, models, speculative
-from unisparse_jax.speculative import eagle_head, head_loss, policy, tree
+from unisparse_jax.speculative import (
+  eagle_head,
+  engine,
+  head_loss,
+  policy,
+  tree,
+)
 from unisparse_jax.speculative.drafters import base, by_level, eagle
 
 CONFIG = models.DecoderConfig(
@@ -261,13 +267,25 @@ def test_a_table_without_nodes_drafts_nothing():
   plain = models.generate(target, tokens, max_new_tokens=20)
   table = policy.HeteroSpec.create(
     thresholds=np.full(7, np.inf), depth=[2] * 8, nodes=[0] * 8,
-    base_depth=2, width=2, can_skip=True,
+    base_depth=2, width=2, declines=True,
   )  # fmt: skip
-  result = speculative.generate(
-    target, eagle.Eagle(head=head), tokens, max_new_tokens=20,
-    shape=tree.TreeShape(width=2, base_depth=2, buckets=(1, 4)),
-    policy=table,
-  )  # fmt: skip
+
+  def generate():
+    return speculative.generate(
+      target, eagle.Eagle(head=head), tokens, max_new_tokens=20,
+      shape=tree.TreeShape(width=2, base_depth=2, buckets=(1, 4)),
+      policy=table,
+    )  # fmt: skip
+
+  result = generate()
   np.testing.assert_array_equal(result.tokens, plain)
+  programs = engine.decode._cache_size()
+  generate()
+  assert engine.decode._cache_size() == programs
   assert int(result.log.num_steps) == 19
   assert not np.any(result.log.column("draft_levels"))
+  with pytest.raises(ValueError, match="declines must be False for a table"):
+    policy.HeteroSpec.create(
+      thresholds=np.full(7, np.inf), depth=[2] * 8, nodes=[1] * 8,
+      base_depth=2, width=2, declines=True,
+    )  # fmt: skip
