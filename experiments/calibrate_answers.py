@@ -40,7 +40,8 @@ def main(argv):
   identity = long_context_config.identity(config, folder)
   run = runs.begin(_WORKDIR.value, identity, free=["max_seconds"])
   console = long_context.make_console()
-  corpus = long_context_run.held_out_code(folder, run.workdir)
+  # Not the code that is scored later.
+  corpus = long_context_run.training_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.dtype(config.dtype))
   losses = Losses(config, model, corpus, run.writer, run.found())
   shape = (model.config.num_layers, num_mask_heads(config, model.config))
@@ -143,7 +144,7 @@ class Losses:
   Args:
     config: the settings.
     model: a decoder.
-    corpus: held-out code.
+    corpus: code that the prompts are of.
     writer: where new ones go.
     found: records of an earlier run.
   """

@@ -17,7 +17,8 @@ from experiments import long_context_config as config_lib
 from unisparse_jax import attention, data, evaluation, models, tasks
 from unisparse_jax.data import sources
 
-_NUM_TRAIN_FILES = 3  # A cache has both splits; only held-out text is read.
+_NUM_TRAIN_FILES = 600  # for calibration, spread over the standard library
+_NUM_OTHER_FILES = 3  # A cache has both splits, though one is read.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,15 +96,41 @@ def held_out_code(
     model: folder of the checkpoint, with its tokenizer.
     workdir: the tokens are kept under it.
   """
-  folder = workdir / "corpus"
-  tokenizer = data.Tokenizer.load(model / "tokenizer.json")
-  found = sources.find_sources()
+  held_out, train = _standard_library()
+  return _tokenised(
+    model, workdir / "corpus", [*held_out, *train[:_NUM_OTHER_FILES]]
+  )["held_out"]
+
+
+def training_code(
+  model: pathlib.Path, workdir: pathlib.Path
+) -> data.CodeCorpus:
+  """Modules of the standard library that are not held out, to choose on.
+
+  Args:
+    model: folder of the checkpoint, with its tokenizer.
+    workdir: the tokens are kept under it.
+  """
+  held_out, train = _standard_library()
+  train = train[:: max(1, len(train) // _NUM_TRAIN_FILES)]
+  return _tokenised(
+    model, workdir / "training_code", [*held_out[:_NUM_OTHER_FILES], *train]
+  )["train"]
+
+
+def _standard_library() -> tuple[list[sources.Source], list[sources.Source]]:
+  """Held-out files and the others."""
+  found = [source for source in sources.find_sources() if source.stdlib]
   held_out = [source for source in found if source.held_out]
-  train = [s for s in found if s.stdlib and not s.held_out][:_NUM_TRAIN_FILES]
-  data.build_cache(
-    folder, tokenizer, found=[*held_out, *train], num_processes=1
-  )
-  return data.CodeCorpus(folder, "held_out")
+  return held_out, [source for source in found if not source.held_out]
+
+
+def _tokenised(model, folder, found) -> dict[str, data.CodeCorpus]:
+  tokenizer = data.Tokenizer.load(model / "tokenizer.json")
+  data.build_cache(folder, tokenizer, found=found, num_processes=1)
+  return {
+    split: data.CodeCorpus(folder, split) for split in ("train", "held_out")
+  }
 
 
 def draw_samples(

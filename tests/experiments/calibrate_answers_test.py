@@ -11,7 +11,8 @@ from experiments import (
   calibrate_answers_search,
   long_context_config,
 )
-from unisparse_jax import attention, models, records
+from unisparse_jax import attention, data, models, records
+from unisparse_jax.data import sources
 
 TINY = dict(
   lengths=(320,),
@@ -48,6 +49,10 @@ def test_writes_a_calibration_and_measures_nothing_twice(
     tmp_path / "calibration_50.json",
     model_sha256=long_context_config.weights_hash(model_folder),
   )
+  # Chosen on other modules than those that answers are scored on.
+  names = data.CodeCorpus(tmp_path / "training_code", "train").file_names
+  held_out = {s.name for s in sources.find_sources() if s.held_out}
+  assert names and not held_out & set(names)
   # Within 50 nats anything goes: the sparsest.
   assert all(p.min_score == (40.0, 40.0) for p in found.patterns())
   rows = records.read(tmp_path / "records.jsonl")
