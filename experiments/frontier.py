@@ -23,9 +23,9 @@ from experiments import (
   frontier_config,
   frontier_figures,
   frontier_search,
-  html_report,
   long_context,
   long_context_config,
+  long_context_report,
   long_context_scanned,
   long_context_summary,
 )
@@ -53,7 +53,7 @@ def main(argv):
   matched = frontier_figures.matched(rows, sweeps, share)
   records.write_json(workdir / "matched.json", matched)
   console.print(frontier_figures.matched_table(matched, share))
-  report = html_report.write(
+  report = long_context_report.write(
     found,
     workdir,
     functools.partial(frontier_figures.all_figures, sweeps=sweeps),

@@ -21,8 +21,8 @@ from absl import app
 
 from experiments import (
   flags_and_configs,
-  html_report,
   long_context_config,
+  long_context_report,
   long_context_run,
   long_context_scanned,
   long_context_summary,
@@ -193,7 +193,7 @@ def finish(
   rows = long_context_summary.summarise(found)
   console.print(long_context_summary.quality_table(rows))
   console.print(long_context_summary.speed_table(rows))
-  return html_report.write(found, workdir)
+  return long_context_report.write(found, workdir)
 
 
 def make_console() -> rich.console.Console:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of the vision experiment as rows, a table and one HTML file."""
 
-import base64
-import html
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +10,11 @@ import rich.table
 
 from experiments import (
   frontier_figures,
-  html_report,
+  html_page,
   vision_attention_config,
   vision_attention_data,
   vision_attention_figures,
 )
-from unisparse_jax import records as records_lib
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -184,41 +180,26 @@ def write(
   """Writes WORKDIR/report.html beside itself and renames; pictures as PNG."""
   rows = summarise(config, records)
   last = records[-1]
-  device = (
-    f"{config.num_tokens:,} tokens · {config.num_questions} questions · "
-    f"{last['num_devices']} {last['device_kind']} ({last['cpu_count']} cores) "
-    f"· jax {last['versions']['jax']} · {last['time_utc']}"
+  page = html_page.Page("Bidirectional and cross attention")
+  page.note(
+    html_page.describe(
+      last,
+      f"{config.num_tokens:,} tokens",
+      f"{config.num_questions} questions",
+    )
   )
-  parts = [
-    "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-    "<title>Bidirectional and cross attention</title>",
-    f"<style>{html_report.STYLE}</style></head><body>",
-    "<h1>Bidirectional and cross attention</h1>",
-    f"<p class='note'>{_text(device)}</p>",
-    f"<p>{_text(_TASK)}</p>",
-    *(f"<p class='note'>{_text(line)}</p>" for line in refusals(records)),
-  ]
+  page.paragraph(_TASK)
+  for line in refusals(records):
+    page.note(line)
   pictures = vision_attention_figures.all_figures(
     config, records, rows, workdir
   )
   for number, (title, note, picture) in enumerate(pictures):
     (workdir / f"figure_{number}.png").write_bytes(picture)
-    data = base64.b64encode(picture).decode()
-    image = f"<img alt='{_text(title)}' src='data:image/png;base64,{data}'>"
-    parts += _section(title, note, image)
-  parts += _section("All points", _TABLE, _html_table(rows))
-  environment = {name: last[name] for name in html_report.ENVIRONMENT}
-  for title, value in (
-    ("Settings", last["settings"]),
-    ("Environment", environment),
-  ):
-    text = _text(json.dumps(value, indent=2))
-    parts += _section(title, "", f"<pre>{text}</pre>")
-  parts.append("</body></html>\n")
-  path = workdir.absolute() / "report.html"
-  records_lib.write_text(path, "\n".join(parts))
-  return path
+    page.picture(title, picture, note)
+  page.section("All points", _html_table(rows), _TABLE)
+  page.circumstances(last)
+  return page.write(workdir / "report.html")
 
 
 def _relative(row: Row, base: Row) -> dict[str, float]:
@@ -246,25 +227,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def _html_table(rows) -> str:
-  head = "<th class='name'>sparse</th><th class='name'>pattern</th>"
-  head += "".join(f"<th>{_text(heading)}</th>" for _, heading, _ in COLUMNS)
-  body = "".join(
-    f"<tr><td class='name'>{row['where']}</td>"
-    f"<td class='name'>{_text(row['pattern'])}</td>"
-    + "".join(f"<td>{_text(cell)}</td>" for cell in _cells(row))
-    + "</tr>"
-    for row in rows
+  return html_page.table(
+    ("sparse", "pattern"),
+    [heading for _, heading, _ in COLUMNS],
+    [((row["where"], row["pattern"]), _cells(row)) for row in rows],
   )
-  return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _section(title: str, note: str, body: str) -> list[str]:
-  return [
-    f"<h2>{_text(title)}</h2>",
-    f"<p class='note'>{_text(note)}</p>",
-    f"<div class='wide'>{body}</div>",
-  ]
-
-
-def _text(value: Any) -> str:
-  return html.escape(str(value), quote=True)

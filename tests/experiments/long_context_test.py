@@ -15,7 +15,7 @@ import pytest
 from configs.long_context import default, demo, smoke
 from experiments import (
   figures,
-  html_report,
+  html_page,
   long_context,
   long_context_config,
   long_context_run,
@@ -224,7 +224,7 @@ def test_a_dense_score_of_zero_has_no_ratio():
 
 
 def test_text_of_a_model_cannot_break_the_report():
-  assert html_report._text("<b>'\"") == "&lt;b&gt;&#x27;&quot;"
+  assert html_page.escape("<b>'\"") == "&lt;b&gt;&#x27;&quot;"
 
 
 def test_heads_that_behave_differently_are_chosen():

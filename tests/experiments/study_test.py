@@ -72,7 +72,9 @@ def run_frontier(monkeypatch, folder, workdir, **changes):
     holder = types.SimpleNamespace(value=value)
     monkeypatch.setattr(frontier, name, holder)
   # What is drawn has a test of its own.
-  monkeypatch.setattr(frontier.html_report, "write", lambda *args: "no report")
+  monkeypatch.setattr(
+    frontier.long_context_report, "write", lambda *args: "no report"
+  )
   frontier.main(["frontier"])
 
 
