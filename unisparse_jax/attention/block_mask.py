@@ -134,11 +134,17 @@ class ColumnSet:
   ) -> "ColumnSet":
     """Columns from a mask of keys; past `max_columns` the oldest go."""
     checks.check_positive_int("max_columns", max_columns)
-    position = lax.broadcasted_iota(jnp.int32, kept.shape, 2)
-    order = -jnp.sort(jnp.where(kept, -position, 1), axis=-1)
-    columns = jnp.maximum(order, 0)[..., :max_columns]
-    count = jnp.minimum(kept.sum(-1, dtype=jnp.int32), columns.shape[-1])
-    return cls(column_indices=columns, num_columns=count)
+    batch, head, position = (
+      lax.broadcasted_iota(jnp.int32, kept.shape, axis) for axis in range(3)
+    )
+    room = min(max_columns, kept.shape[2])
+    number = jnp.cumsum(kept, axis=-1, dtype=jnp.int32)
+    count = number[..., -1]
+    # Slots in falling order of position; no sort of all keys.
+    slot = jnp.where(kept, count[..., None] - number, room)
+    columns = jnp.zeros((*kept.shape[:2], room), jnp.int32)
+    columns = columns.at[batch, head, slot].set(position, mode="drop")
+    return cls(column_indices=columns, num_columns=jnp.minimum(count, room))
 
   def to_dense(
     self, kv_capacity: int

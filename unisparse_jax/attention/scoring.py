@@ -209,12 +209,36 @@ def top_count(
   Returns:
     bool of the scores' shape.
   """
+  return _top_of_sorted(scores, -jnp.sort(-scores, axis=-1), count)
+
+
+def top_mass(
+  scores: Float[Array, "... num_items"],
+  share: Float[Array, "..."],
+  most: Int[Array, "..."] | int | None = None,
+) -> Bool[Array, "... num_items"]:
+  """`top_count` of `count_for_mass`, by one sort.
+
+  Args:
+    scores: finite, >= 0.
+    share: in (0, 1], for each row; 1 asks for all.
+    most: no more than so many, for each row.
+
+  Returns:
+    bool of the scores' shape.
+  """
+  falling = -jnp.sort(-scores, axis=-1)
+  count = _count_of_sorted(falling, share)
+  if most is not None:
+    count = jnp.minimum(count, most)
+  return _top_of_sorted(scores, falling, count)
+
+
+def _top_of_sorted(scores, falling, count):
+  """The `count` largest, given the scores in falling order too."""
   num_items = scores.shape[-1]
   count = jnp.clip(count, 0, num_items)[..., None]
-  rising = jnp.sort(scores, axis=-1)
-  cutoff = jnp.take_along_axis(
-    rising, jnp.clip(num_items - count, 0, num_items - 1), axis=-1
-  )
+  cutoff = jnp.take_along_axis(falling, jnp.maximum(count - 1, 0), axis=-1)
   above = scores > cutoff
   level = scores == cutoff
   room = count - above.sum(-1, keepdims=True, dtype=jnp.int32)
@@ -234,8 +258,12 @@ def count_for_mass(
   Returns:
     int32 of the shape of `share`, at least 1.
   """
-  falling = -jnp.sort(-scores, axis=-1)
+  return _count_of_sorted(-jnp.sort(-scores, axis=-1), share)
+
+
+def _count_of_sorted(falling, share):
+  """`count_for_mass` of scores in falling order."""
   running = jnp.cumsum(falling, axis=-1)
   needed = share[..., None] * running[..., -1:]
   count = (running - falling < needed).sum(-1, dtype=jnp.int32)
-  return jnp.where(share >= 1.0, scores.shape[-1], jnp.maximum(count, 1))
+  return jnp.where(share >= 1.0, falling.shape[-1], jnp.maximum(count, 1))

@@ -51,12 +51,13 @@ def make_case(name, dtype=jnp.float32):
   return arrays, dict(causal=causal, kv_len=valid)
 
 
-def numpy_scores(q, k, positions, *, causal, kv_len):
+def numpy_scores(q, k, positions, *, causal, kv_len, scale=None):
   """float64, from the definition."""
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
   q, k, positions = (np.asarray(x) for x in (q, k, positions))
   q, k = q.astype(np.float64), k.astype(np.float64)
   k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
-  logits = np.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+  logits = np.einsum("bihd,bjhd->bhij", q, k) * scale
   key = np.arange(k.shape[1])
   valid = np.broadcast_to(kv_len, (q.shape[0],))
   visible = (positions >= 0)[:, None, :, None] & (

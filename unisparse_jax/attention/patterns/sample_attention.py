@@ -107,10 +107,9 @@ class SampleAttention:
   def _largest(self, name, scores, share):
     """The fewest largest blocks that hold the share of each head's mass."""
     share = scoring.per_head(name, share, scores.shape[1])
-    count = scoring.count_for_mass(
+    return scoring.top_mass(
       scores, jnp.broadcast_to(share[None], scores.shape[:2])
     )
-    return scoring.top_count(scores, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,24 +167,34 @@ class SampleAttentionV1:
       q, k, grid, *self._sampled_rows(grid), scale=scale
     )
     share = scoring.per_head("top_p", self.top_p, q.shape[2])
-    count = scoring.count_for_mass(
-      columns, jnp.broadcast_to(share[None], columns.shape[:2])
-    )
-    count = jnp.minimum(count, profiles.num_keys(grid)[:, None])
     room = grid.kv_capacity
     if self.max_columns is not None:
       room = min(room, self.max_columns)
-    kept = scoring.top_count(columns, jnp.minimum(count, room))
+    kept = scoring.top_mass(
+      columns,
+      jnp.broadcast_to(share[None], columns.shape[:2]),
+      jnp.minimum(profiles.num_keys(grid), room)[:, None],
+    )
     window = jnp.zeros((), jnp.bool_)
     if causal:
       width = _share_of(self.window_share, profiles.num_keys(grid))
       distance = jnp.arange(grid.kv_capacity, dtype=jnp.int32)
       near = distance[None, None, :] < width[:, None, None]
       window = profiles.touched_by_slashes(grid, near)
-    shape = (grid.batch, q.shape[2], grid.num_q_blocks, grid.num_kv_blocks)
-    return block_mask.BlockMask.from_dense(
-      grid,
-      jnp.broadcast_to(window, shape),
+    # One window for all heads: its lists are sorted once.
+    shape = (grid.batch, 1, grid.num_q_blocks, grid.num_kv_blocks)
+    shared = block_mask.BlockMask.from_dense(
+      grid, jnp.broadcast_to(window, shape)
+    )
+
+    def for_all_heads(x):
+      return jnp.broadcast_to(x, (x.shape[0], q.shape[2], *x.shape[2:]))
+
+    return dataclasses.replace(
+      shared,
+      kv_block_indices=for_all_heads(shared.kv_block_indices),
+      num_kv_blocks=for_all_heads(shared.num_kv_blocks),
+      num_dropped=for_all_heads(shared.num_dropped),
       columns=block_mask.ColumnSet.from_dense(kept, room),
     )
 
