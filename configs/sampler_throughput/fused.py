@@ -14,6 +14,7 @@ import ml_collections
 def get_config():
   config = ml_collections.ConfigDict()
   config.target = "breast_cancer"
+  config.batch_size = 100
   config.acceptances = (0.775,)
   config.likelihoods = ("own", "xla")
   # Chains, rows, warps, stages of the kernel; how it multiplies.

@@ -129,7 +129,10 @@ def _kernel(
   )
   num_full = num_rows // tile_rows
   carry = lax.fori_loop(
-    0, num_full, functools.partial(step, is_last=False), carry
+    jnp.int32(0),
+    jnp.int32(num_full),
+    functools.partial(step, is_last=False),
+    carry,
   )
   if num_rows % tile_rows:
     carry = step(jnp.int32(num_full), carry, is_last=True)
