@@ -55,6 +55,29 @@ class Problem:
     )
 
 
+def with_likelihood(problem: Problem, likelihood_fn: Callable) -> Problem:
+  """Logistic regression with another way to compute the likelihood.
+
+  Args:
+    problem: of logistic regression.
+    likelihood_fn: see `targets.logistic_regression`.
+  """
+  features, labels = labelled(problem.name)
+  target = mcmc.targets.logistic_regression(
+    features,
+    labels,
+    likelihood_fn=likelihood_fn,
+    dtype=problem.target.start.dtype,
+    name=problem.name,
+  )
+  return dataclasses.replace(
+    problem,
+    target=target,
+    step=mcmc.bind(_MALA, target.logdensity_fn),
+    init=lambda x: mcmc.gi_mala.init(x, target.logdensity_fn),
+  )
+
+
 def make(name: str, dtype: Any = None) -> Problem:
   """A problem.
 

@@ -4,13 +4,11 @@ cost, and the error of posterior means per second beside NUTS.
 """
 
 import jax
-import jax.numpy as jnp
 import rich.console
 from absl import app
 
 from experiments import (
   flags_and_configs,
-  mcmc_problems,
   mcmc_runs,
   sampler_throughput_run,
 )
@@ -25,9 +23,8 @@ def main(argv):
     sampler_throughput_run.Settings, _CONFIG.value, _WORKDIR.value
   )
   jax.config.update("jax_default_matmul_precision", settings.precision)
-  problem = mcmc_problems.make(settings.target, jnp.dtype(settings.dtype))
   console = rich.console.Console(width=140)
-  for measured in sampler_throughput_run.measure(problem, settings):
+  for measured in sampler_throughput_run.measure(settings):
     run.writer.write(**measured)
     console.print(
       {k: v for k, v in measured.items() if not isinstance(v, list)}

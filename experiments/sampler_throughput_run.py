@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timings of thousands of chains at once; see `sampler_throughput`."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from experiments import mcmc_peers, mcmc_problems, mcmc_runs
+from pallas_kernels import logistic_likelihood
+from pallas_kernels.logistic_likelihood import triton as kernel
 from unisparse_jax import mcmc
+
+# Of a gradient over the largest of its coordinates, to count as one in float32;
+# a single product of TensorFloat-32 misses it.
+_LARGEST_ERROR = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,12 @@ class Settings(mcmc_runs.Settings):
     warm_up: steps that adapt step sizes.
     batch_size: steps of a batch mean.
     acceptances: that our sampler is tuned to, one run each.
+    likelihoods: whose gradients are timed: "own" for the target's, else an
+      implementation of `pallas_kernels.logistic_likelihood`.
+    tiles: of its kernel, also timed: sizes as its `TILE`, then one of its
+      `PRODUCTS`.
+    sampled: likelihoods with which our sampler is timed; "fastest" for that
+      of the fastest gradient with the digits of float32.
     nuts_steps: steps of NUTS; 0 leaves it out.
     repeats: of each timed run; the median counts.
     dtype: "float32" or "float64".
@@ -37,34 +52,96 @@ class Settings(mcmc_runs.Settings):
   warm_up: int = 300
   batch_size: int = 50
   acceptances: tuple[float, ...] = (0.775, 0.92)
+  likelihoods: tuple[str, ...] = ("own",)
+  tiles: tuple[tuple[int | str, ...], ...] = ()
+  sampled: tuple[str, ...] = ("own",)
   nuts_steps: int = 50
   repeats: int = 3
   dtype: str = "float32"
   precision: str = "highest"
 
 
-def measure(problem, settings: Settings):
+def with_likelihood(own: mcmc_problems.Problem, likelihood: str):
+  """The posterior with one way to compute its likelihood.
+
+  Args:
+    own: with the target's own.
+    likelihood: one of its likelihoods, or "triton:64:64:4:2:tf32x3", a tile.
+  """
+  name, *tile = likelihood.split(":")
+  if tile:
+    fn = _tiled(tuple(map(int, tile[:-1])), tile[-1])
+  else:
+    if name == "own":
+      return own
+    fn = _named(name)
+  return mcmc_problems.with_likelihood(own, fn)
+
+
+@functools.cache
+def _named(name):
+  return functools.partial(
+    logistic_likelihood.log_likelihood, implementation=name
+  )
+
+
+@functools.cache
+def _tiled(tile, products):
+  batched = functools.partial(
+    kernel.logistic_likelihood, tile=tile, products=products
+  )
+  return logistic_likelihood.differentiable(batched)
+
+
+def measure(settings: Settings):
   """Yields one measurement after another."""
   features, _ = mcmc_problems.labelled(settings.target)
-  shape = (len(features), problem.target.dim)
+  own = mcmc_problems.make(settings.target, jnp.dtype(settings.dtype))
+  shape = (len(features), own.target.dim)
   yield {"kind": "products", **time_products(shape, settings)}
   padded = (-(-shape[0] // 64) * 64, -(-shape[1] // 32) * 32)
   yield {"kind": "products_padded", **time_products(padded, settings)}
-  yield {"kind": "gradient", **time_gradient(problem, settings)}
+  fastest, best = "own", 0.0
+  for found in time_gradients(own, settings):
+    is_exact = found.get("max_error_over_largest", 1.0) < _LARGEST_ERROR
+    if is_exact and found["gradients_per_second"] > best:
+      fastest, best = found["likelihood"], found["gradients_per_second"]
+    yield {"kind": "gradient", **found}
+  names = [fastest if x == "fastest" else x for x in settings.sampled]
+  problems = {x: with_likelihood(own, x) for x in dict.fromkeys(names)}
   for acceptance in settings.acceptances:
-    yield from ours(problem, settings, acceptance)
+    yield from ours(problems, settings, acceptance)
   if settings.nuts_steps:
-    yield {"kind": "nuts", **nuts(problem, settings)}
+    yield {"kind": "nuts", **nuts(list(problems.values())[-1], settings)}
+
+
+def called(fns) -> list[Exception | None]:
+  """Calls each function once, which compiles: side by side, to save time.
+
+  Returns:
+    What each raised, if anything.
+  """
+
+  def call(fn):
+    try:
+      jax.block_until_ready(fn())
+    except Exception as error:  # Of any compiler: the others go on.
+      return error
+    return None
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(call, fns))
 
 
 def timed(fn, repeats: int):
-  """(seconds, last result) of fn(); see `timed_in_turn`."""
+  """(seconds, last result) of fn() after a first call; see `timed_in_turn`."""
+  jax.block_until_ready(fn())
   ((seconds, result),) = timed_in_turn([fn], repeats)
   return seconds, result
 
 
 def timed_in_turn(fns, repeats: int):
-  """(seconds, last result) of each function, after one call of each.
+  """(seconds, last result) of each function, all of them called before.
 
   They take turns, so that what else the machine does falls on all alike. The
   median of the wall clock on an accelerator. On a CPU, the least time of all
@@ -72,7 +149,7 @@ def timed_in_turn(fns, repeats: int):
   (XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) it is the wall clock of a
   machine that does nothing else.
   """
-  results = [jax.block_until_ready(fn()) for fn in fns]
+  results = [None] * len(fns)
   on_cpu = jax.default_backend() == "cpu"
   clock = time.process_time if on_cpu else time.perf_counter
   seconds = np.empty((repeats, len(fns)))
@@ -112,26 +189,76 @@ def time_products(shape: tuple[int, int], settings: Settings) -> dict:
   }
 
 
-def time_gradient(problem, settings: Settings) -> dict:
-  """Log-density and gradient of all chains."""
-  positions = problem.start(jax.random.key(0), settings.num_chains)
-  both = jax.vmap(jax.value_and_grad(problem.target.logdensity_fn))
+def time_gradients(own: mcmc_problems.Problem, settings: Settings):
+  """Log-density and gradient of all chains, by every likelihood in turn.
+
+  Yields one record each; one that the machine cannot compile says why.
+  """
+  tiles = ["triton:" + ":".join(map(str, tile)) for tile in settings.tiles]
+  names = [*settings.likelihoods, *tiles]
+  problems = [with_likelihood(own, name) for name in names]
+  exact = _exact_gradients(own)
+  positions = problems[0].start(jax.random.key(0), settings.num_chains)
+  loops = [
+    functools.partial(_gradient_loop, p.target.logdensity_fn, positions)
+    for p in problems
+  ]
+  # The first alone: a GPU tries out algorithms for products that others share.
+  refusals = called(loops[:1]) + called(loops[1:])
+  ready = [i for i, refusal in enumerate(refusals) if refusal is None]
+  measured = timed_in_turn([loops[i] for i in ready], settings.repeats)
+  seconds = dict(zip(ready, [s for s, _ in measured], strict=True))
+  for i, name in enumerate(names):
+    if refusals[i] is not None:
+      yield {"likelihood": name, "refused": str(refusals[i])[-500:]}
+      continue
+    logdensity_fn = problems[i].target.logdensity_fn
+    both = jax.jit(jax.vmap(jax.value_and_grad(logdensity_fn)))
+    _, grads = both(jnp.asarray(exact[0], positions.dtype))
+    error = np.abs(np.asarray(grads, np.float64) - exact[1]).max()
+    yield {
+      "likelihood": name,
+      "gradients_per_second": 100 * settings.num_chains / seconds[i],
+      "max_error_over_largest": float(error / np.abs(exact[1]).max()),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_loop(logdensity_fn, positions):
+  both = jax.vmap(jax.value_and_grad(logdensity_fn))
 
   def one(_, carry):
     x, total = carry
     value, grad = both(x)
     return x + 1e-6 * grad, total + value
 
-  @jax.jit
-  def loop(x):
-    return jax.lax.fori_loop(0, 100, one, (x, x[:, 0]))
-
-  seconds, _ = timed(lambda: loop(positions), settings.repeats)
-  return {"gradients_per_second": 100 * settings.num_chains / seconds}
+  start = (positions, positions[:, 0])
+  return jax.lax.fori_loop(0, 100, one, start)
 
 
-def ours(problem, settings: Settings, acceptance: float):
-  """GI-MALA alone, then with control variates for x and x^2."""
+def _exact_gradients(own: mcmc_problems.Problem):
+  """64 positions near the posterior and gradients there, in float64."""
+  features, labels = mcmc_problems.labelled(own.name)
+  scale = features.std(0)
+  columns = (features - features.mean(0))[:, scale > 0] / scale[scale > 0]
+  columns = np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
+  signed = columns * (2.0 * labels - 1)[:, None]
+  positions = own.start(jax.random.key(1), 64)
+  x = np.asarray(positions, np.float64)
+  slopes = scipy.special.expit(-x @ signed.T)
+  return x, slopes @ signed - x
+
+
+def ours(problems: dict, settings: Settings, acceptance: float):
+  """GI-MALA alone, then with control variates for x and x^2.
+
+  Args:
+    problems: one posterior, by how its likelihood is computed; all runs take
+      turns.
+    settings: of the experiment.
+    acceptance: that the step size is tuned to, with the first of them.
+  """
+  problem = next(iter(problems.values()))
   keys = jax.random.split(jax.random.key(settings.seed), 2)
   state = jax.vmap(problem.init)(problem.start(keys[0], settings.num_chains))
   warm = mcmc.adaptation.adapt_step_size(
@@ -143,67 +270,77 @@ def ours(problem, settings: Settings, acceptance: float):
     start=0.5,
     target_acceptance=acceptance,
   )
-  arguments = dict(
-    parameters=(warm.step_size, *problem.rest), batch_size=settings.batch_size
-  )
-
-  def run(**more):
-    return mcmc.run_chains(
-      warm.rng_keys,
-      problem.step,
-      warm.state,
-      settings.num_steps,
-      **arguments,
-      **more,
-    )
-
-  common = {"acceptance": acceptance, "step_size": float(warm.step_size)}
-  steps = settings.num_chains * settings.num_steps
-  runs = {"": run}
+  families = (mcmc.poisson.Linear(), mcmc.poisson.Square())
+  collected = {"": {}}
   for name, functions in (
-    ("_linear", (mcmc.poisson.Linear(),)),
-    ("_linear_square", (mcmc.poisson.Linear(), mcmc.poisson.Square())),
+    ("_linear", families[:1]),
+    ("_linear_square", families),
   ):
     variates = mcmc.control_variates.poisson_terms(functions)
-    more = dict(
+    collected[name] = dict(
       collector=variates.collector,
       carry=variates.init(warm.state.position, products_of_terms=False),
       collector_parameters=(problem.reference(warm.step_size),),
     )
-    runs[name] = lambda more=more: run(**more)
-  measured = timed_in_turn(list(runs.values()), settings.repeats)
-  bare, _ = measured[0]
-  yield {
-    "kind": "gi_mala",
-    **common,
-    "seconds": bare,
-    "gradients_per_second": steps / bare,
+
+  def run(step, more):
+    return mcmc.run_chains(
+      warm.rng_keys,
+      step,
+      warm.state,
+      settings.num_steps,
+      parameters=(warm.step_size, *problem.rest),
+      batch_size=settings.batch_size,
+      **more,
+    )
+
+  runs = {
+    (likelihood, name): functools.partial(run, problem.step, more)
+    for likelihood, problem in problems.items()
+    for name, more in collected.items()
   }
-  candidates = mcmc.control_variates.candidates(3)
-  for name, (seconds, result) in list(zip(runs, measured, strict=True))[1:]:
-    accumulator = jax.device_get(result.carry)
-    start = time.perf_counter()
-    choice = mcmc.choose(accumulator, candidates)
-    host = time.perf_counter() - start
-    estimate, dim = choice.estimate, problem.target.dim
-    yield {
+  for refusal in called(list(runs.values())):
+    if refusal is not None:
+      raise refusal
+  measured = timed_in_turn(list(runs.values()), settings.repeats)
+  steps = settings.num_chains * settings.num_steps
+  for (likelihood, name), (seconds, result) in zip(runs, measured, strict=True):
+    common = {
       "kind": f"gi_mala{name}",
-      **common,
-      "acceptance_rate": float(np.mean(result.stats.acceptance_rate)),
+      "likelihood": likelihood,
+      "acceptance": acceptance,
+      "step_size": float(warm.step_size),
       "seconds": seconds,
-      "host_seconds": host,
       "gradients_per_second": steps / seconds,
-      "cost_of_control_variates": seconds / bare - 1,
-      "min_ess_per_second": float(np.min(estimate.ess[:dim]) / seconds),
-      "median_ess_per_second": float(np.median(estimate.ess[:dim]) / seconds),
-      "plain_min_ess_per_second": float(
-        np.min(estimate.plain_ess[:dim]) / bare
-      ),
-      "factors": estimate.factor[:dim].tolist(),
-      "ess_per_second": (estimate.ess[:dim] / seconds).tolist(),
-      "mean": estimate.mean[:dim].tolist(),
-      "mcse": estimate.mcse[:dim].tolist(),
     }
+    if not name:
+      bare = seconds
+      yield common
+      continue
+    yield common | {
+      "acceptance_rate": float(np.mean(result.stats.acceptance_rate)),
+      "cost_of_control_variates": seconds / bare - 1,
+      **estimated(result.carry, problem.target.dim, seconds, bare),
+    }
+
+
+def estimated(carry, dim: int, seconds: float, bare: float) -> dict:
+  """Effective sizes a second of the controlled means, and the means."""
+  accumulator = jax.device_get(carry)
+  start = time.perf_counter()
+  choice = mcmc.choose(accumulator, mcmc.control_variates.candidates(3))
+  host = time.perf_counter() - start
+  estimate = choice.estimate
+  return {
+    "host_seconds": host,
+    "min_ess_per_second": float(np.min(estimate.ess[:dim]) / seconds),
+    "median_ess_per_second": float(np.median(estimate.ess[:dim]) / seconds),
+    "plain_min_ess_per_second": float(np.min(estimate.plain_ess[:dim]) / bare),
+    "factors": estimate.factor[:dim].tolist(),
+    "ess_per_second": (estimate.ess[:dim] / seconds).tolist(),
+    "mean": estimate.mean[:dim].tolist(),
+    "mcse": estimate.mcse[:dim].tolist(),
+  }
 
 
 def nuts(problem, settings: Settings) -> dict:

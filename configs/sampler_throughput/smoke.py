@@ -18,5 +18,8 @@ def get_config():
   config.num_steps = 100
   config.warm_up = 20
   config.nuts_steps = 10
+  config.likelihoods = ("own", "xla")
+  config.tiles = ((64, 64, 4, 2, "tf32x3"),)
+  config.sampled = ("own", "fastest")
   config.repeats = 1
   return config

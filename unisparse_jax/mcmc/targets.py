@@ -153,6 +153,7 @@ def logistic_regression(
   *,
   prior_scale: float = 1.0,
   intercept: bool = True,
+  likelihood_fn: Callable | None = None,
   dtype: Any = None,
   name: str = "logistic_regression",
 ) -> Target:
@@ -165,6 +166,10 @@ def logistic_regression(
     labels: [num_rows] of 0 and 1.
     prior_scale: standard deviation of every coefficient; inf for a flat prior.
     intercept: whether a column of ones is put first.
+    likelihood_fn: (signed, position) -> sum of log sigmoid(signed @ position),
+      signed the columns with rows of label 0 negated; default this module's,
+      `pallas_kernels.logistic_likelihood.log_likelihood` for thousands of
+      chains on a GPU.
     dtype: of the computations.
     name: of the target.
 
@@ -187,8 +192,10 @@ def logistic_regression(
   signed = design * jnp.asarray(2.0 * labels - 1, design.dtype)[:, None]
   precision = 0.0 if math.isinf(prior_scale) else prior_scale**-2
 
+  likelihood_fn = likelihood_fn or _log_likelihood
+
   def logdensity_fn(position):
-    fit = jnp.sum(log_sigmoid(signed @ position))
+    fit = likelihood_fn(signed, position)
     return fit - 0.5 * precision * jnp.sum(position**2)
 
   return Target(
@@ -197,6 +204,10 @@ def logistic_regression(
     logdensity_fn=logdensity_fn,
     start=jnp.zeros((columns.shape[1],), design.dtype),
   )
+
+
+def _log_likelihood(signed, position):
+  return jnp.sum(log_sigmoid(signed @ position))
 
 
 @jax.custom_jvp

@@ -1,0 +1,139 @@
+"""Triton kernel for NVIDIA GPUs: one launch, no logit stored.
+
+A program holds a tile of chains and walks the rows of the design. Where XLA
+writes every logit, reads it for the sum, writes the slope and reads that for
+the second product, here both stay in registers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton_backend
+
+# Chains and rows of a tile, warps, pipeline stages.
+TILE = (64, 64, 4, 2)
+# How a product of float32 operands is made. "tf32x3": three tensor-core
+# products of their TensorFloat-32 parts, 21 bits or more; "ieee": fused
+# multiply-add, 24 bits.
+PRODUCTS = {
+  "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+  "ieee": lax.Precision.HIGHEST,
+}
+
+
+def logistic_likelihood(
+  signed,  # [num_rows, dim]
+  positions,  # [num_chains, dim]
+  *,
+  tile=None,
+  products="tf32x3",
+  capability=None,
+  interpret=False,
+):
+  """See `api.logistic_likelihood` and, for the last two, `triton_backend`.
+
+  Args:
+    signed: see there.
+    positions: see there.
+    tile: of `TILE`'s form.
+    products: of `PRODUCTS`.
+    capability: see `triton_backend.target`.
+    interpret: see there.
+  """
+  triton_backend.target(capability, interpret)
+  num_rows, dim = signed.shape
+  num_chains = positions.shape[0]
+  if signed.dtype != jnp.float32 or positions.dtype != jnp.float32:
+    raise NotImplementedError(
+      "triton needs float32; got "
+      f"signed.dtype={signed.dtype}, positions.dtype={positions.dtype}. "
+      'Use implementation="xla".'
+    )
+  if dim > 128:
+    raise NotImplementedError(
+      f'triton needs dim <= 128; got dim={dim}. Use implementation="xla".'
+    )
+  tile_chains, tile_rows, num_warps, num_stages = tile or TILE
+  padded_dim = max(16, pl.next_power_of_2(dim))
+  whole_rows = pl.cdiv(num_rows, tile_rows) * tile_rows
+  whole_chains = pl.cdiv(num_chains, tile_chains) * tile_chains
+  pad = triton_backend.pad_axis
+  signed = pad(pad(signed, 1, padded_dim), 0, whole_rows)
+  positions = pad(pad(positions, 1, padded_dim), 0, whole_chains)
+  values, grads = triton_backend.call(
+    functools.partial(
+      _kernel,
+      num_rows=num_rows,
+      tile_rows=tile_rows,
+      # The interpreter knows no such products; its own are exact.
+      precision=PRODUCTS["ieee" if interpret else products],
+    ),
+    grid=(whole_chains // tile_chains,),
+    in_specs=[
+      pl.BlockSpec((whole_rows, padded_dim), lambda i: (0, 0)),
+      pl.BlockSpec((tile_chains, padded_dim), lambda i: (i, 0)),
+    ],
+    out_specs=[
+      pl.BlockSpec((tile_chains,), lambda i: (i,)),
+      pl.BlockSpec((tile_chains, padded_dim), lambda i: (i, 0)),
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct((whole_chains,), jnp.float32),
+      jax.ShapeDtypeStruct((whole_chains, padded_dim), jnp.float32),
+    ],
+    num_warps=num_warps,
+    num_stages=num_stages,
+    interpret=interpret,
+    name="logistic_likelihood",
+  )(signed, positions)
+  return values[:num_chains], grads[:num_chains, :dim]
+
+
+def _kernel(
+  signed_ref,  # [whole_rows, padded_dim], rows of zeros at the end
+  positions_ref,  # [tile_chains, padded_dim]
+  values_ref,  # [tile_chains]
+  grads_ref,  # [tile_chains, padded_dim]
+  *,
+  num_rows,
+  tile_rows,
+  precision,
+):
+  positions = positions_ref[...]
+  product = functools.partial(
+    lax.dot_general, precision=precision, preferred_element_type=jnp.float32
+  )
+
+  def step(index, carry, is_last):
+    value, grad = carry
+    start = pl.multiple_of(index * tile_rows, tile_rows)
+    rows = signed_ref[pl.ds(start, tile_rows), :]
+    logits = product(positions, rows, (((1,), (1,)), ((), ())))
+    small = jnp.exp(-jnp.abs(logits))
+    # log1p has no more digits beside a sum of many.
+    fit = jnp.minimum(logits, 0.0) - jnp.log(1.0 + small)
+    if is_last:
+      row = start + jnp.arange(tile_rows, dtype=jnp.int32)
+      fit = jnp.where((row < num_rows)[None, :], fit, 0.0)
+    slope = jnp.where(logits > 0.0, small, 1.0) / (1.0 + small)
+    grad = grad + product(slope, rows, (((1,), (0,)), ((), ())))
+    return value + fit.sum(1), grad
+
+  carry = (
+    jnp.zeros((positions.shape[0],), jnp.float32),
+    jnp.zeros(positions.shape, jnp.float32),
+  )
+  num_full = num_rows // tile_rows
+  carry = lax.fori_loop(
+    jnp.int32(0),
+    jnp.int32(num_full),
+    functools.partial(step, is_last=False),
+    carry,
+  )
+  if num_rows % tile_rows:
+    carry = step(jnp.int32(num_full), carry, is_last=True)
+  values_ref[...], grads_ref[...] = carry
