@@ -470,5 +470,6 @@ def _multiply(stay, move_smem, full, free, step, shape, before_free=None):
   logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
   if before_free is not None:
     before_free()
+    plgpu.commit_smem()  # these reads come before the copy engine's next write
   plgpu.barrier_arrive(free.at[slot])
   return logits

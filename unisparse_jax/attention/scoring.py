@@ -217,7 +217,7 @@ def top_mass(
   share: Float[Array, "..."],
   most: Int[Array, "..."] | int | None = None,
 ) -> Bool[Array, "... num_items"]:
-  """`top_count` of `count_for_mass`, by one sort.
+  """The fewest largest that reach a share of their sum; equal ones: the first.
 
   Args:
     scores: finite, >= 0.
@@ -225,10 +225,13 @@ def top_mass(
     most: no more than so many, for each row.
 
   Returns:
-    bool of the scores' shape.
+    bool of the scores' shape, one True a row at least.
   """
   falling = -jnp.sort(-scores, axis=-1)
-  count = _count_of_sorted(falling, share)
+  running = jnp.cumsum(falling, axis=-1)
+  needed = share[..., None] * running[..., -1:]
+  count = (running - falling < needed).sum(-1, dtype=jnp.int32)
+  count = jnp.where(share >= 1.0, scores.shape[-1], jnp.maximum(count, 1))
   if most is not None:
     count = jnp.minimum(count, most)
   return _top_of_sorted(scores, falling, count)
@@ -244,26 +247,3 @@ def _top_of_sorted(scores, falling, count):
   room = count - above.sum(-1, keepdims=True, dtype=jnp.int32)
   first = jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= room
   return (above | (level & first)) & (count > 0)
-
-
-def count_for_mass(
-  scores: Float[Array, "... num_items"], share: Float[Array, "..."]
-) -> Int[Array, "..."]:
-  """How many of the largest reach a share of their sum.
-
-  Args:
-    scores: finite, >= 0.
-    share: in (0, 1], for each row; 1 asks for all.
-
-  Returns:
-    int32 of the shape of `share`, at least 1.
-  """
-  return _count_of_sorted(-jnp.sort(-scores, axis=-1), share)
-
-
-def _count_of_sorted(falling, share):
-  """`count_for_mass` of scores in falling order."""
-  running = jnp.cumsum(falling, axis=-1)
-  needed = share[..., None] * running[..., -1:]
-  count = (running - falling < needed).sum(-1, dtype=jnp.int32)
-  return jnp.where(share >= 1.0, falling.shape[-1], jnp.maximum(count, 1))

@@ -49,7 +49,7 @@ def expected_scores(q, k, last):
     ),
   ],
 )
-def test_interpreted_matches_float64(sizes, schedule):
+def test_interpreted_matches_float64(sizes, schedule, capsys):
   ascending = sizes["batch"] == 2
   dtype = jnp.bfloat16 if ascending else jnp.float16
   arrays = make_case(**sizes, dtype=dtype, ascending=ascending)
@@ -57,9 +57,10 @@ def test_interpreted_matches_float64(sizes, schedule):
     *arrays,
     scale=SCALE,
     schedule=mosaic_gpu.Schedule(**schedule),
-    interpret=plgpu.InterpretGPUParams(),
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   helpers.assert_same(scores, expected_scores(*arrays), 2e-6)
+  assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("head_dim", mosaic_gpu.HEAD_DIMS)

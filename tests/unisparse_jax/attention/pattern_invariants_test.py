@@ -339,6 +339,26 @@ def test_top_count(scores, count, expected):
   np.testing.assert_array_equal(found, np.asarray(expected, bool))
 
 
+@pytest.mark.parametrize(
+  ("share", "most", "expected"),
+  [
+    (0.4, None, [0, 1, 0, 0]),
+    (0.5, None, [0, 1, 1, 0]),
+    (0.8, None, [0, 1, 1, 0]),
+    (0.9, None, [1, 1, 1, 0]),
+    (1.0, None, [1, 1, 1, 1]),
+    (1.0, 1, [0, 1, 0, 0]),
+    (0.9, 2, [0, 1, 1, 0]),
+  ],
+)
+def test_top_mass(share, most, expected):
+  from unisparse_jax.attention import scoring
+
+  scores = jnp.asarray([1.0, 4.0, 4.0, 1.0])
+  found = scoring.top_mass(scores, jnp.float32(share), most)
+  np.testing.assert_array_equal(found, np.asarray(expected, bool))
+
+
 def test_one_query_that_looks_at_one_place_is_heard():
   """A needle: by the mean over a block it is lost, by the largest it is not."""
   q, k = (np.zeros((1, 256, 1, 8), np.float32) for _ in range(2))
