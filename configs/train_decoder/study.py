@@ -67,6 +67,7 @@ def get_config():
   config.data = dict(
     seed=0,
     tokenizer="pylib_12m",
+    cache="",  # A folder that `data.build_cache` wrote replaces the sources.
     packages=(
       *("torch", "transformers", "jax", "scipy", "sklearn", "sympy", "pandas"),
       *("numpy", "numba", "networkx", "matplotlib", "flax", "optax"),
