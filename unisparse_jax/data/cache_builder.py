@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
 import tempfile
 import zlib
@@ -82,17 +83,23 @@ def build_cache(
   chunks = list(_chunks(found))
   initial = (tokenizer.to_json(), sources.held_out_telling_lines(found))
   if num_processes == 1 or len(chunks) == 1:
-    _start_worker(*initial)
+    _set_worker(*initial)
     results = map(_tokenise_chunk, chunks)
     return _write(directory, tokenizer, identity, results)
-  with concurrent.futures.ProcessPoolExecutor(
-    min(num_processes, len(chunks)),
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_start_worker,
-    initargs=initial,
-  ) as pool:
-    results = pool.map(_tokenise_chunk, chunks)
-    return _write(directory, tokenizer, identity, results)
+  # Workers read what they need from a file: as arguments it fills the pipe to
+  # a new process, which blocks until that one has imported everything, so that
+  # 16 workers started one after the other (107 s instead of 15 for 89M tokens).
+  with tempfile.NamedTemporaryFile() as file:
+    pickle.dump(initial, file)
+    file.flush()
+    with concurrent.futures.ProcessPoolExecutor(
+      min(num_processes, len(chunks)),
+      mp_context=multiprocessing.get_context("spawn"),
+      initializer=_start_worker,
+      initargs=(file.name,),
+    ) as pool:
+      results = pool.map(_tokenise_chunk, chunks)
+      return _write(directory, tokenizer, identity, results)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +122,12 @@ class _File:
 _worker: dict = {}
 
 
-def _start_worker(tokenizer_json: str, held_out_lines: frozenset[int]) -> None:
+def _start_worker(path: str) -> None:
+  with open(path, "rb") as file:
+    _set_worker(*pickle.load(file))
+
+
+def _set_worker(tokenizer_json: str, held_out_lines: frozenset[int]) -> None:
   tokenizer = tokenizer_lib.Tokenizer.from_json(tokenizer_json)
   pieces = [
     tokenizer.decode([i]) if i > 2 else "" for i in range(tokenizer.vocab_size)
