@@ -6,7 +6,7 @@ Run:     python -m experiments.attention_speed
            --workdir=out/study/speed
          After capture_attention and frontier on the same folder.
 Device:  one H100, about a minute and a half.
-Expect:  to be filled from the first recorded run.
+Expect:  results/attention_speed_captured_h100.jsonl.
 """
 
 import ml_collections

@@ -6,7 +6,9 @@ Run:     python -m experiments.calibrate_answers
            --workdir=out/study/calibration
 Device:  one H100, two minutes; heads that max_seconds does not reach keep the
          fullest limit.
-Expect:  to be filled from the first recorded run.
+Expect:  96 heads in 90 s; within 0.2 nats 0.22 of the blocks on the 20 prompts;
+         on others at 64K it took 0.72 to keep the scores (20 prompts are too
+         few for 16 heads): results/calibrate_answers_study_h100.jsonl.
 """
 
 import ml_collections

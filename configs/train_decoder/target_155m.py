@@ -7,8 +7,9 @@ Run:     python -m experiments.train_decoder
            --config=configs/train_decoder/target_155m.py --workdir=out/target
            --config.train.max_seconds=540
 Device:  one H100 and 16 CPU cores, 9 minutes: the run fits its budget. The
-         steps are an upper bound (175M tokens, 350,000 tokens/s).
-Expect:  to be filled from the first recorded run.
+         steps are an upper bound (175M tokens).
+Expect:  in 440 s of one H100 85M tokens (266,000 tokens/s), held-out loss 2.06
+         nats (unigrams 6.31); results/train_target_155m_h100.jsonl.
 """
 
 import ml_collections
