@@ -14,8 +14,7 @@ import numpy as np
 import scipy.special
 
 from experiments import mcmc_peers, mcmc_problems, mcmc_runs
-from pallas_kernels import logistic_likelihood
-from pallas_kernels.logistic_likelihood import triton as kernel
+from pallas_kernels.logistic_likelihood import api, triton
 from unisparse_jax import mcmc
 
 # Of a gradient over the largest of its coordinates, to count as one in float32;
@@ -82,17 +81,15 @@ def with_likelihood(own: mcmc_problems.Problem, likelihood: str):
 
 @functools.cache
 def _named(name):
-  return functools.partial(
-    logistic_likelihood.log_likelihood, implementation=name
-  )
+  return functools.partial(api.log_likelihood, implementation=name)
 
 
 @functools.cache
 def _tiled(tile, products):
   batched = functools.partial(
-    kernel.logistic_likelihood, tile=tile, products=products
+    triton.logistic_likelihood, tile=tile, products=products
   )
-  return logistic_likelihood.differentiable(batched)
+  return api.differentiable(batched)
 
 
 def measure(settings: Settings):
