@@ -10,7 +10,7 @@ here.
 
 Run:     python -m experiments.variance_reduction
            --config=configs/variance_reduction/further.py --workdir=out/further
-Device:  2 CPU cores, about six minutes.
+Device:  2 CPU cores, about a minute and a half.
 Expect:  results/variance_reduction_further_cpu.jsonl.
 """
 
