@@ -23,7 +23,7 @@ from unisparse_jax import mcmc
 OURS = ("gi_mala", "gi_latent_gaussian")
 _HMC_STEPS = 2
 _MCLMC_STEPS = 2
-_RMHMC_STEPS = 2
+_RMHMC_STEPS, _RMHMC_STEP_SIZE = 2, 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,7 +177,9 @@ def _rmhmc(density):
 
   What it counts as gradients are its integrator's steps: each solves for its
   midpoint by several gradients of the Hamiltonian, which BlackJAX does not
-  report.
+  report. Its step size is fixed, at a quarter of a period of the Gaussian that
+  white coordinates nearly are: adapted to an acceptance of 0.8 it ended where
+  the solver stops converging (step size 2), with 1% accepted on one posterior.
   """
   kernel = blackjax.rmhmc.build_kernel(
     integrators.implicit_midpoint, divergence_threshold=1000
@@ -187,9 +189,10 @@ def _rmhmc(density):
     return -jax.hessian(density)(z)
 
   def rmhmc(rng_key, state, step_size):
-    return kernel(rng_key, state, density, step_size, metric, _RMHMC_STEPS)
+    scaled = _RMHMC_STEP_SIZE * step_size
+    return kernel(rng_key, state, density, scaled, metric, _RMHMC_STEPS)
 
-  return rmhmc, _init(blackjax.rmhmc, density), 0.8, lambda info: _RMHMC_STEPS
+  return rmhmc, _init(blackjax.rmhmc, density), None, lambda info: _RMHMC_STEPS
 
 
 def _init(module, density):

@@ -31,8 +31,8 @@ def get_config():
     dict(
       target="cox:64",
       samplers=("gi_latent_gaussian", "pcn", "pcnl", "mala"),
-      warm_up=300,
-      num_steps=400,
+      warm_up=500,
+      num_steps=2000,
       repeats=2,
       max_coordinates=128,
     ),
