@@ -3,8 +3,11 @@
 
 Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/peers.py --workdir=out/peers
-Device:  2 CPU cores, about five minutes.
-Expect:  results/sampler_efficiency_peers_cpu.jsonl.
+Device:  2 CPU cores, about three minutes.
+Expect:  results/sampler_efficiency_peers_cpu.jsonl: min ESS a CPU second on
+         breast_cancer_mean 88,000 (NUTS 22,000, RMHMC 910), diabetes 154,000
+         (7,300, 1,160), GP 3,900 (marginal gradient 3,500, pCNL 560, pCN 63),
+         Cox 44 (pCNL 32, MALA 9, pCN 2).
 """
 
 import ml_collections
