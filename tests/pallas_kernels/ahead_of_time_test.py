@@ -116,7 +116,7 @@ TRITON = {
   "selection_top_p": selection(selection_triton, top_k=None, max_blocks=32),
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
   "likelihood": likelihood(),
-  "likelihood_ieee": likelihood(tile=(32, 32, 4, 2), products="ieee"),
+  "likelihood_ieee": likelihood(tile=(32, 32, 4, 2, 4), products="ieee"),
 }
 # With the number of Triton kernels in each.
 KERNELS = {"columns": 2}

@@ -59,6 +59,17 @@ def test_value_and_gradient(implementation, name):
     np.testing.assert_allclose(got / scale, expected / scale, atol=2e-6)
 
 
+@pytest.mark.parametrize("splits", [2, 4])
+def test_programs_share_the_rows(splits):
+  case = make_case(150, 31, 70)  # 3 tiles of rows: a fourth program has none
+  found = triton.logistic_likelihood(
+    *case, tile=(32, 64, 4, 2, splits), interpret=True
+  )
+  for got, expected in zip(found, in_float64(*case), strict=True):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got / scale, expected / scale, atol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", BACK_ENDS)
 def test_large_logits_stay_finite(implementation):
   case = make_case(20, 4, 8, scale=1e4)
