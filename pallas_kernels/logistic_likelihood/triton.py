@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton_backend
 
 # Chains and rows of a tile, warps, pipeline stages, programs that share the
-# rows. On an H100, 10,000 chains of 31 coefficients and 569 rows (2,000 rows), by
-# the time of the two bare matrix products: 1.29 (1.26). Others: 64 rows 1.38
+# rows. On an H100, 10,000 chains of 31 coefficients and 569 rows (2,000 rows),
+# by the time of the two bare matrix products: 1.29 (1.26). Others: 64 rows 1.38
 # (1.39); 128 chains, 8 warps 1.38 (1.42); 16 chains, 128 rows 1.49 (1.40); 32
 # chains 2.8 (2.9); 128 rows, 8 warps 3.9 (3.7); "ieee" 3.1 (3.4) at best. XLA
-# 1.65 to 1.98 (1.69 to 1.77). Several programs for the rows, which would fill the
-# card better, have not met one.
+# 1.65 to 1.98 (1.69 to 1.77). Several programs for the rows, which would fill
+# the card better, have not met one.
 TILE = (64, 32, 4, 2, 1)
 # How a product of float32 operands is made. "tf32x3": three tensor-core
 # products of their TensorFloat-32 parts, 21 bits or more; "ieee": fused
