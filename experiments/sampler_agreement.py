@@ -28,6 +28,7 @@ class Settings(mcmc_runs.Settings):
     num_chains: of ours.
     num_steps: of each; a multiple of 50.
     acceptance: of ours.
+    warm_up: steps of ours that adapt its step size.
   """
 
   targets: tuple[str, ...]
@@ -37,6 +38,7 @@ class Settings(mcmc_runs.Settings):
   num_chains: int = 100
   num_steps: int = 2_000
   acceptance: float = 0.85
+  warm_up: int = 1000
 
 
 def main(argv):
@@ -62,7 +64,7 @@ def compare(name: str, settings: Settings) -> dict:
     keys[2],
     problem.step,
     state,
-    1000,
+    settings.warm_up,
     rest=problem.rest,
     start=0.5,
     target_acceptance=settings.acceptance,

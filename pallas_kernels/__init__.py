@@ -1,4 +1,4 @@
-"""Attention kernels: arrays in, arrays out.
+"""Kernels of attention, and of a likelihood: arrays in, arrays out.
 
 Each op is a folder with one public function; `implementation=` names the
 back end and the file that holds it.
@@ -15,3 +15,6 @@ from pallas_kernels.composite_pooling import (
   composite_pooling as composite_pooling,
 )
 from pallas_kernels.composite_scores import composite_scores as composite_scores
+from pallas_kernels.logistic_likelihood import (
+  logistic_likelihood as logistic_likelihood,
+)

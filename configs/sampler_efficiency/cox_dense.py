@@ -5,7 +5,7 @@ Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/cox_dense.py --workdir=out/dense
 Device:  one NVIDIA GPU, about 90 seconds, some of them for the eigenvectors
          of a 4,096 x 4,096 matrix on the host.
-Expect:  to be filled from the first recorded run.
+Expect:  results/sampler_efficiency_h100.jsonl.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
 Run:     python -m experiments.sampler_efficiency
            --config=configs/sampler_efficiency/gp_gpu.py --workdir=out/gp
 Device:  one NVIDIA GPU, about a minute.
-Expect:  to be filled from the first recorded run.
+Expect:  results/sampler_efficiency_h100.jsonl.
 """
 
 import ml_collections

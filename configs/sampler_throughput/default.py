@@ -4,7 +4,7 @@
 Run:     python -m experiments.sampler_throughput
            --config=configs/sampler_throughput/default.py --workdir=out/speed
 Device:  one NVIDIA GPU, about two minutes.
-Expect:  to be filled from the first recorded run.
+Expect:  results/sampler_throughput_h100.jsonl.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
 Run:     python -m experiments.sampler_throughput
            --config=configs/sampler_throughput/simulated.py --workdir=out/speed
 Device:  one NVIDIA GPU, about a minute and a half.
-Expect:  to be filled from the first recorded run.
+Expect:  results/sampler_throughput_h100.jsonl.
 """
 
 import ml_collections

@@ -20,6 +20,6 @@ def get_config():
   config.nuts_steps = 10
   config.likelihoods = ("own", "xla")
   config.tiles = ((64, 64, 4, 2, "tf32x3"),)
-  config.sampled = ("own", "fastest")
+  config.sampled = ("fastest",)
   config.repeats = 1
   return config

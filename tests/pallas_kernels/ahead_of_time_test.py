@@ -21,6 +21,7 @@ from pallas_kernels.column_score_sampling import triton as columns_triton
 from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
+from pallas_kernels.logistic_likelihood import triton as likelihood_triton
 
 LENGTH = 4096
 # JAX says of its Triton back end that it will go.
@@ -99,6 +100,12 @@ def pooling(module, dtype, head_dim):
   return fn, (x, array(1))
 
 
+def likelihood(**settings):
+  fn = functools.partial(likelihood_triton.logistic_likelihood, **settings)
+  shapes = [(569, 31), (1000, 31)]
+  return fn, tuple(array(*x, dtype=jnp.float32) for x in shapes)
+
+
 TRITON = {
   "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
@@ -108,6 +115,8 @@ TRITON = {
   "columns": columns(columns_triton, jnp.bfloat16),
   "selection_top_p": selection(selection_triton, top_k=None, max_blocks=32),
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
+  "likelihood": likelihood(),
+  "likelihood_ieee": likelihood(tile=(32, 32, 4, 2, 4), products="ieee"),
 }
 # With the number of Triton kernels in each.
 KERNELS = {"columns": 2}

@@ -18,6 +18,9 @@ Each family below has the same three methods besides `value`:
   parts, such that F + score is constant on the reference Gaussian where the
   family says so; `precond_grad` is reference.covariance times the gradient.
 
+Families are pytrees. What is an array in them, directions and thresholds, may
+change from call to call of one compiled program; the rest is part of it.
+
 Source: the linear and indicator rows are those of Alexopoulos, Dellaportas,
 Titsias, arXiv 2506.21511; the others follow from Mehler's formula.
 """
@@ -69,6 +72,7 @@ class Reference(NamedTuple):
     return 1 / self.noise_scale
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Linear:
   """F = x_j for the chosen coordinates; exact with one term each.
@@ -94,6 +98,7 @@ class Linear:
     return self.value(precond_grad)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Square:
   """F = x_j^2 for the chosen coordinates.
@@ -128,6 +133,7 @@ class Square:
     return _take(term + reference.covariance.diagonal(), self.coordinates)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Product:
   """F = x_i x_j for pairs (i, j).
@@ -169,6 +175,7 @@ class Product:
     return 0.5 * ((a + m) * t + (b + n) * s) + entries
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ridge:
   """F = phi(t . x) where a Gaussian smoothing of phi is known.
@@ -178,18 +185,20 @@ class Ridge:
 
   Attributes:
     directions: t for each function, [num_functions, dim].
-    smooth: (mean, variance) -> E phi(N(mean, variance)), elementwise on
-      [num_functions]; phi itself at variance 0.
+    smooth: (mean, variance, *arguments) -> E phi(N(mean, variance)),
+      elementwise on [num_functions]; phi itself at variance 0.
     num_terms: terms of the series, >= 0.
     slope: phi' on [num_functions], where it exists: the score term is then
       phi(t . x) t . A grad + phi'(t . x) t . A t, else t . A grad. Neither
       makes F + score constant.
+    arguments: arrays that `smooth` takes.
   """
 
-  directions: Float[np.ndarray, "num_functions dim"]
+  directions: Float[Array | np.ndarray, "num_functions dim"]
   smooth: Callable
   num_terms: int = 5
   slope: Callable | None = None
+  arguments: tuple = ()
 
   def __post_init__(self):
     checks.check_shape(
@@ -204,12 +213,28 @@ class Ridge:
     )
     checks.require(self.num_terms >= 0, "num_terms", "be >= 0", self.num_terms)
 
+  def tree_flatten(self):
+    fixed = (self.smooth, self.num_terms, self.slope)
+    return (self.directions, self.arguments), fixed
+
+  @classmethod
+  def tree_unflatten(cls, fixed, arrays):
+    new = object.__new__(cls)  # Not checked: JAX fills trees with anything.
+    names = ("directions", "arguments", "smooth", "num_terms", "slope")
+    for name, value in zip(names, (*arrays, *fixed), strict=True):
+      object.__setattr__(new, name, value)
+    return new
+
+  def _smooth(self, mean, variance):
+    more = [jnp.asarray(x, mean.dtype) for x in self.arguments]
+    return self.smooth(mean, variance, *more)
+
   def _project(self, x):
     return jnp.asarray(self.directions, x.dtype) @ x
 
   def value(self, x):
     mean = self._project(x)
-    return self.smooth(mean, jnp.zeros_like(mean))
+    return self._smooth(mean, jnp.zeros_like(mean))
 
   def solution(self, x, reference):
     mean = self._project(x)
@@ -225,13 +250,13 @@ class Ridge:
     directions = jnp.asarray(self.directions, mean.dtype)
     wide = reference.covariance.quadratic(directions)
     # The first term has no smoothing by the reference, to the last bit.
-    first = self.smooth(mean, variance)
+    first = self._smooth(mean, variance)
     if self.num_terms == 0:
       return first
 
     def term(power):
       spread = power**2 * variance + (1 - power**2) * wide
-      return self.smooth(centre + power * (mean - centre), spread)
+      return self._smooth(centre + power * (mean - centre), spread)
 
     numbers = jnp.arange(1, self.num_terms + 1, dtype=mean.dtype)
     # rho may be negative: its sign and size apart, for a real power.
@@ -272,15 +297,12 @@ def indicator(
   )
   directions = np.zeros((len(coordinates), dim))
   directions[np.arange(len(coordinates)), list(coordinates)] = 1
-  bound = tuple(float(b) for b in thresholds)
-
-  def smooth(mean, variance):
-    gap = mean - jnp.asarray(bound, mean.dtype)
-    sd = jnp.sqrt(jnp.where(variance > 0, variance, 1))
-    smoothed = jax.scipy.special.ndtr(gap / sd)
-    return jnp.where(variance > 0, smoothed, (gap > 0).astype(mean.dtype))
-
-  return Ridge(directions, smooth, num_terms=num_terms)
+  return Ridge(
+    directions,
+    _smooth_step,
+    num_terms=num_terms,
+    arguments=(np.array(thresholds, np.float64),),
+  )
 
 
 FAMILIES = (Linear, Square, Product, Ridge)
@@ -317,3 +339,10 @@ def _take(x, coordinates):
 
 def _smooth_exp(mean, variance):
   return jnp.exp(mean + 0.5 * variance)
+
+
+def _smooth_step(mean, variance, bound):
+  gap = mean - bound
+  sd = jnp.sqrt(jnp.where(variance > 0, variance, 1))
+  smoothed = jax.scipy.special.ndtr(gap / sd)
+  return jnp.where(variance > 0, smoothed, (gap > 0).astype(mean.dtype))

@@ -207,7 +207,11 @@ def logistic_regression(
 
 
 def _log_likelihood(signed, position):
-  return jnp.sum(log_sigmoid(signed @ position))
+  # So that logits of many chains are [chains, rows], in the gradient too. With
+  # signed @ position a gradient took 14% longer (CPU, 100 chains, float64; 23%
+  # in float32). On an H100, 10,000 chains: 5% longer on 2,000 rows, but 17%
+  # shorter on 569; the kernel is faster than both there.
+  return jnp.sum(log_sigmoid(position @ signed.T))
 
 
 @jax.custom_jvp

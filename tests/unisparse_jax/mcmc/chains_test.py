@@ -12,6 +12,7 @@ from tests.unisparse_jax.mcmc import forced
 from unisparse_jax.mcmc import (
   adaptation,
   base,
+  chain_loop,
   control_variates,
   estimates,
   gi_mala,
@@ -463,3 +464,47 @@ def test_adaptation_lands_on_its_target(x64):
   assert tuned["controlled"].errors.min() < tuned["plain"].errors.min()
   with pytest.raises(ValueError, match=r"kind must be a known name"):
     adaptation.warm_up(jax.random.key(0), step, state, flat, kind="full")
+
+
+def test_other_directions_and_thresholds_do_not_compile_again(x64):
+  target = targets.student_t(8.0, dim=2)
+  a = preconditioner.identity(2)
+  gamma = jnp.float64(0.8)
+  reference = poisson.Reference(gamma, jnp.zeros(2), a)
+  start = target.sample(jax.random.key(0), 2)
+  step = base.bind(KERNEL, target.logdensity_fn)
+  state = jax.jit(jax.vmap(lambda x: gi_mala.init(x, target.logdensity_fn)))(
+    start
+  )
+
+  def functions(directions, threshold):
+    return (
+      poisson.exponential(directions, num_terms=2),
+      poisson.indicator(2, (1,), (threshold,), num_terms=2),
+    )
+
+  def go(variates, given):
+    return base.run_chains(
+      jax.random.key(1),
+      step,
+      state,
+      20,
+      parameters=(gamma, a),
+      collector=variates.collector,
+      carry=variates.init(start, functions=given[0] if given else None),
+      collector_parameters=(reference, *given),
+      batch_size=10,
+    ).carry.steps.mean
+
+  first = functions(np.array([[0.1, 0.2]]), 0.5)
+  other = functions(np.array([[0.3, -0.2]]), -0.4)
+  variates = control_variates.poisson_terms(first)
+  go(variates, (first,))
+  compiled = chain_loop.run_untraced._cache_size()
+  found = go(variates, (other,))
+  assert chain_loop.run_untraced._cache_size() == compiled
+  expected = go(control_variates.poisson_terms(other), ())
+  np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+  assert np.max(np.abs(found - go(variates, (first,)))) > 0.01
+  with pytest.raises(ValueError, match=r"functions must differ in arrays"):
+    go(variates, (other[:1],))

@@ -157,8 +157,8 @@ def test_ill_conditioned(sampler, dim, x64):
 
 def test_float32():
   # Measured in 100 dimensions, condition 100 and 1e6, step_size 1.6: gi_mala
-  # 6.5e-5 and 2e-3 (its gradient has no more digits), gi_rwm 2e-5 and 2e-5,
-  # spreads of 2e-6 and 6e-5.
+  # 6.5e-5 and 2e-3 (its gradient has no more digits, see there), gi_rwm 2e-5
+  # and 2e-5, spreads of 2e-6 and 6e-5.
   mean, covariance = _problem(5, 1e3)
   target = targets.gaussian(mean, covariance, dtype=jnp.float32)
   ratio, sd = run(gi_mala, target, covariance, 1.6, jnp.float32)

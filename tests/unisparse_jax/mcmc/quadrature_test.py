@@ -5,6 +5,7 @@ Every entry comes from the kernel itself, its noise set so that it proposes the
 grid point; integrals are then exact to the grid.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -142,7 +143,7 @@ def test_the_poisson_equation_of_the_reference(x64):
   points = jnp.array([[-2.0], [0.2], [0.9]])
   for function, expectation in zip(FUNCTIONS, expectations, strict=True):
     if isinstance(function, poisson.Ridge):
-      function = poisson.Ridge(function.directions, function.smooth, 80)
+      function = dataclasses.replace(function, num_terms=80)
 
     def residual(x, function=function):
       moved = reference.mean + reference.rho * (x - reference.mean)
