@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import multiprocessing
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +109,30 @@ class Misshapen(tiny_run.Rows):
   def __getitem__(self, index):
     row = super().__getitem__(index)
     return row | {"tokens": row["tokens"].astype(np.int64)}
+
+
+class SlowRows(tiny_run.Rows):
+  """Takes a minute for every row but the first ones."""
+
+  def __getitem__(self, index):
+    if index >= 8:
+      time.sleep(60.0)
+    return super().__getitem__(index)
+
+
+def test_busy_workers_are_not_waited_for():
+  config = tiny_run.make_config(num_workers=2)
+  batches = input_pipeline.BatchIterator(
+    config, lambda index, stage: SlowRows(index, stage.seq_len)
+  )
+  take(batches, 2)
+  processes = multiprocessing.active_children()
+  start = time.monotonic()
+  batches.close()
+  assert time.monotonic() - start < 4.0
+  for process in processes:
+    process.join(4.0)
+    assert not process.is_alive()
 
 
 @pytest.mark.parametrize(
