@@ -4,7 +4,9 @@
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/backward.py --workdir=out/backward
 Device:  one H100 or H200, under a minute.
-Expect:  at 32K and density 0.25 more than 400 TFLOP/s on kept blocks.
+Expect:  on an H100 at 32K 469 and 498 TFLOP/s on kept blocks at densities 0.25
+         and 1 (cuDNN 530), of columns 31 ms; at 128K and 0.25, 490 TFLOP/s:
+         results/attention_backward_h100.jsonl.
 """
 
 import ml_collections

@@ -6,7 +6,7 @@ Run:     python -m experiments.attention_speed
 Device:  one H100 or H200, about three minutes.
 Expect:  on an H100 at 128K and density 0.25, 57.9 ms with selection beside 240
          ms of cuDNN; backward at 32K 481 TFLOP/s beside FlexAttention's 375;
-         backward of columns slower than dense:
+         backward of columns 56 ms, since rewritten (31 ms, backward.py):
          results/attention_targets_h100.jsonl.
 """
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks, device, dispatch
+from pallas_kernels import checks, dispatch, mosaic_gpu_backend
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 
 _WITH_COLUMNS = ("mosaic_gpu", "xla")
@@ -95,11 +95,7 @@ def with_columns(
 
 
 def _mosaic_gpu(q, k, v, positions, q_offset, settings):
-  if not device.is_hopper():
-    raise NotImplementedError(
-      "mosaic_gpu needs an NVIDIA GPU of compute capability 9.0 (Hopper); got "
-      f"device={jax.devices()[0].device_kind!r}."
-    )
+  mosaic_gpu_backend.check_hopper()
   mosaic_gpu.check_supported(q, settings[0], 128)
   return attend_on_hopper(q, k, v, positions, q_offset, settings)
 

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import device
+from pallas_kernels import mosaic_gpu_backend as backend
 from pallas_kernels.block_sparse_attention import (
   masked_lists,
   mosaic_gpu_backward,
   mosaic_gpu_forward,
   tuning,
   xla,
-)
-from pallas_kernels.block_sparse_attention import (
-  mosaic_gpu_common as common,
 )
 
 _COLUMN_BLOCK = 128  # columns of one step
@@ -41,11 +38,7 @@ def block_sparse_attention(
   config: tuning.ForwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """See `api.block_sparse_attention`; config: schedule, default the tuned."""
-  if not device.is_hopper():
-    raise NotImplementedError(
-      "mosaic_gpu needs an NVIDIA GPU of compute capability 9.0 (Hopper); got "
-      f"device={jax.devices()[0].device_kind!r}."
-    )
+  backend.check_hopper()
   check_supported(q, block_q, block_kv)
   return attention(
     q,
@@ -65,7 +58,7 @@ def block_sparse_attention(
 
 def check_supported(q, block_q, block_kv):
   """Raises NotImplementedError, with the reason, for what the kernel cannot."""
-  common.pallas()
+  backend.pallas()
   for name, value, choices in (
     ("head_dim", q.shape[-1], HEAD_DIMS),
     ("block_q", block_q, BLOCKS),
@@ -146,11 +139,11 @@ def _forward(q, k, v, indices, counts, q_offset, kv_len, settings):
     block_kv=block_kv,
     num_rows=batch * num_mask_heads * num_q_blocks,
     causal=causal,
-    scale_log2=scale * common.LOG2_E,
+    scale_log2=scale * backend.LOG2_E,
     config=config,
   )
-  q = common.pad_length(q, common.ROWS)
-  k, v = (common.pad_length(x, config.tile_kv) for x in (k, v))
+  q = backend.pad_length(q, backend.ROWS)
+  k, v = (backend.pad_length(x, config.tile_kv) for x in (k, v))
   out, lse = mosaic_gpu_forward.call(
     q,
     k,
@@ -213,13 +206,13 @@ def column_attention(
     block_kv=_COLUMN_BLOCK,
     num_rows=batch * num_units * num_q_blocks,
     causal=causal,
-    scale_log2=scale * common.LOG2_E,
+    scale_log2=scale * backend.LOG2_E,
     config=config,
     has_columns=True,
   )
-  k, v = (common.pad_length(x, config.tile_kv) for x in (k, v))
+  k, v = (backend.pad_length(x, config.tile_kv) for x in (k, v))
   out, lse = mosaic_gpu_forward.call(
-    common.pad_length(q, common.ROWS),
+    backend.pad_length(q, backend.ROWS),
     k,
     v,
     indices.reshape(-1),

@@ -17,6 +17,7 @@ blocks where 5 are counted.
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import mosaic_gpu_backend as backend
 from pallas_kernels.block_sparse_attention import (
   masked_lists,
   mosaic_gpu_dkv,
@@ -74,11 +75,11 @@ def backward(residuals, cotangents, settings, config=None):
   # Fused with the transpose that follows, the sum takes 0.9 ms in place of 0.2.
   delta = lax.optimization_barrier(delta) - d_lse
   is_empty = jnp.isneginf(lse)
-  lse_log2 = jnp.where(is_empty, _EMPTY, lse * common.LOG2_E)
+  lse_log2 = jnp.where(is_empty, _EMPTY, lse * backend.LOG2_E)
   delta = jnp.where(is_empty, 0.0, delta)
   statistics = _tile_statistics(lse_log2, delta, num_q_blocks * block_q)
-  q, d_out = (common.pad_length(x, common.ROWS) for x in (q, d_out))
-  k, v = (common.pad_length(x, block_kv) for x in (k, v))
+  q, d_out = (backend.pad_length(x, backend.ROWS) for x in (q, d_out))
+  k, v = (backend.pad_length(x, block_kv) for x in (k, v))
   arrays = (q, k, v, d_out, statistics)
   dq = mosaic_gpu_dq.call(
     arrays, indices, counts, num_masked, q_offset, kv_len, tiling
@@ -102,7 +103,7 @@ def _tile_statistics(lse_log2, delta, padded):
   def tile(x, fill):
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
     x = jnp.swapaxes(x, 1, 2)
-    return x.reshape(*x.shape[:2], -1, common.ROWS)
+    return x.reshape(*x.shape[:2], -1, backend.ROWS)
 
   return jnp.stack([tile(lse_log2, _EMPTY), tile(delta, 0.0)], axis=3)
 

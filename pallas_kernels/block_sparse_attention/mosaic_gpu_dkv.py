@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import mosaic_gpu_backend as backend
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_common as common,
 )
@@ -22,16 +23,16 @@ def call(
   arrays, q_blocks, starts, lengths, num_masked, q_offset, kv_len, tiling
 ):
   _, k, _, _, _ = arrays
-  _, plgpu = common.pallas()
+  _, plgpu = backend.pallas()
   config, head_dim = tiling.config, tiling.head_dim
-  compute_wgs = tiling.block_kv // common.ROWS
+  compute_wgs = tiling.block_kv // backend.ROWS
   num_tiles = tiling.batch * tiling.num_kv_heads * tiling.num_kv_blocks
-  transforms = common.transforms(plgpu)
+  transforms = backend.transforms(plgpu)
   kv_smem = plgpu.SMEM(
-    (compute_wgs, common.ROWS, head_dim), k.dtype, transforms=transforms
+    (compute_wgs, backend.ROWS, head_dim), k.dtype, transforms=transforms
   )
   q_smem = plgpu.SMEM(
-    (config.stages_dkv, common.ROWS, head_dim), k.dtype, transforms=transforms
+    (config.stages_dkv, backend.ROWS, head_dim), k.dtype, transforms=transforms
   )
   stage_free = plgpu.Barrier(
     num_arrivals=compute_wgs, num_barriers=config.stages_dkv
@@ -44,7 +45,7 @@ def call(
       v_smem=kv_smem,
       q_smem=q_smem,
       do_smem=q_smem,
-      stat_smem=plgpu.SMEM((config.stages_dkv, 2, common.ROWS), jnp.float32),
+      stat_smem=plgpu.SMEM((config.stages_dkv, 2, backend.ROWS), jnp.float32),
       kv_full=plgpu.Barrier(num_arrivals=2 * compute_wgs),
       q_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages_dkv),
       do_full=plgpu.Barrier(num_barriers=config.stages_dkv),
@@ -55,7 +56,7 @@ def call(
     grid_names=("tile",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
-    compiler_params=common.compiler_params(plgpu),
+    compiler_params=backend.compiler_params(plgpu),
   )
   # Work of a key block: over all query heads of its key head.
   by_head = jnp.repeat(lengths, tiling.heads_per_mask, axis=1)
@@ -102,10 +103,10 @@ def _dkv_kernel(
   do_free,
   tiling: common.BackwardTiling,
 ):
-  pl, plgpu = common.pallas()
+  pl, plgpu = backend.pallas()
   stages = tiling.config.stages_dkv
-  per_block = tiling.block_q // common.ROWS
-  compute_wgs = tiling.block_kv // common.ROWS
+  per_block = tiling.block_q // backend.ROWS
+  compute_wgs = tiling.block_kv // backend.ROWS
   list_room = tiling.num_q_blocks * tiling.max_blocks
   wg = lax.axis_index("wg")
   tile = order_ref[lax.axis_index("tile")]
@@ -124,11 +125,11 @@ def _dkv_kernel(
 
   @pl.when(wg == compute_wgs)
   def _load():
-    plgpu.set_max_registers(common.LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(backend.LOADER_REGISTERS, action="decrease")
 
     for index in range(compute_wgs):
-      start = kv_block * tiling.block_kv + index * common.ROWS
-      keys = (batch, pl.ds(start, common.ROWS), kv_head)
+      start = kv_block * tiling.block_kv + index * backend.ROWS
+      keys = (batch, pl.ds(start, backend.ROWS), kv_head)
       plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[index], kv_full)
       plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[index], kv_full)
 
@@ -141,7 +142,7 @@ def _dkv_kernel(
         slot = lax.rem(done + step, stages)
         q_block = q_blocks_ref[first + lax.div(step, per_block)]
         tile = q_block * per_block + lax.rem(step, per_block)
-        rows = (batch, pl.ds(tile * common.ROWS, common.ROWS), head)
+        rows = (batch, pl.ds(tile * backend.ROWS, backend.ROWS), head)
         is_reused = done + step >= stages
 
         @pl.when(is_reused)
@@ -171,21 +172,21 @@ def _dkv_kernel(
   @pl.when(wg < compute_wgs)
   def _compute():
     plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
-    shape = (common.ROWS, common.ROWS)  # keys, queries
+    shape = (backend.ROWS, backend.ROWS)  # keys, queries
     per_query = plgpu.Layout.WGMMA.reduce(0)
     per_key = plgpu.Layout.WGMMA.reduce(1)
 
-    first_key = kv_block * tiling.block_kv + wg * common.ROWS
+    first_key = kv_block * tiling.block_kv + wg * backend.ROWS
     key = first_key + plgpu.broadcasted_iota(
-      jnp.int32, (common.ROWS,), 0, layout=per_key
+      jnp.int32, (backend.ROWS,), 0, layout=per_key
     )
     # Least position, counted from query 0, that sees each key.
-    least = jnp.full((common.ROWS,), -_FAR, jnp.int32)
+    least = jnp.full((backend.ROWS,), -_FAR, jnp.int32)
     if tiling.causal:
       least = key - q_offset_ref[batch]
-    is_valid = key < jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
+    is_valid = key < jnp.full((backend.ROWS,), kv_len_ref[batch], jnp.int32)
     least = jnp.where(
-      is_valid, least, jnp.full((common.ROWS,), _FAR, jnp.int32)
+      is_valid, least, jnp.full((backend.ROWS,), _FAR, jnp.int32)
     )
     plgpu.barrier_wait(kv_full)
 
@@ -212,7 +213,7 @@ def _dkv_kernel(
 
         def read(name):
           index = ("lse", "delta").index(name)
-          row = common.load(stat_smem.at[slot, index], layout=per_query)
+          row = backend.load(stat_smem.at[slot, index], layout=per_query)
           return lax.broadcast_in_dim(row, shape, [1])
 
         def mask(logits):
@@ -223,7 +224,7 @@ def _dkv_kernel(
           query = plgpu.broadcasted_iota(
             jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
           )
-          limit = lax.broadcast_in_dim(least - tile * common.ROWS, shape, [0])
+          limit = lax.broadcast_in_dim(least - tile * backend.ROWS, shape, [0])
           return jnp.where(query >= limit, logits, -jnp.inf)
 
         p, d_logits = pl.run_scoped(
@@ -259,7 +260,7 @@ def _dkv_kernel(
       return done + num_steps, dk, dv
 
     zeros = plgpu.layout_cast(
-      jnp.full((common.ROWS, tiling.head_dim), 0, jnp.float32),
+      jnp.full((backend.ROWS, tiling.head_dim), 0, jnp.float32),
       plgpu.Layout.WGMMA,
     )
     _, dk, dv = lax.fori_loop(
@@ -268,7 +269,7 @@ def _dkv_kernel(
     k_smem.at[wg][...] = (dk * tiling.scale).astype(q_ref.dtype)
     v_smem.at[wg][...] = dv.astype(q_ref.dtype)
     plgpu.commit_smem()
-    keys = (batch, pl.ds(first_key, common.ROWS), kv_head)
+    keys = (batch, pl.ds(first_key, backend.ROWS), kv_head)
     plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[keys])
     plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[keys])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

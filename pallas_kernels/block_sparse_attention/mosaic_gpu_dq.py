@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import device
+from pallas_kernels import mosaic_gpu_backend as backend
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_common as common,
 )
@@ -14,14 +15,14 @@ from pallas_kernels.block_sparse_attention import (
 
 def call(arrays, indices, counts, num_masked, q_offset, kv_len, tiling):
   q, _, _, _, _ = arrays
-  _, plgpu = common.pallas()
+  _, plgpu = backend.pallas()
   config, head_dim = tiling.config, tiling.head_dim
-  compute_wgs = tiling.block_q // common.ROWS
+  compute_wgs = tiling.block_q // backend.ROWS
   num_tiles = tiling.batch * tiling.num_heads * tiling.num_q_blocks
   num_ctas = min(num_tiles, device.num_multiprocessors())
-  transforms = common.transforms(plgpu)
+  transforms = backend.transforms(plgpu)
   q_smem = plgpu.SMEM(
-    (compute_wgs, common.ROWS, head_dim), q.dtype, transforms=transforms
+    (compute_wgs, backend.ROWS, head_dim), q.dtype, transforms=transforms
   )
   kv_smem = plgpu.SMEM(
     (config.stages_dq, config.tile_kv, head_dim),
@@ -41,7 +42,7 @@ def call(arrays, indices, counts, num_masked, q_offset, kv_len, tiling):
       do_smem=q_smem,
       k_smem=kv_smem,
       v_smem=kv_smem,
-      stat_smem=plgpu.SMEM((compute_wgs, 2, common.ROWS), jnp.float32),
+      stat_smem=plgpu.SMEM((compute_wgs, 2, backend.ROWS), jnp.float32),
       q_full=plgpu.Barrier(num_arrivals=3 * compute_wgs),
       q_free=plgpu.Barrier(num_arrivals=compute_wgs),
       k_full=plgpu.Barrier(num_barriers=config.stages_dq),
@@ -53,7 +54,7 @@ def call(arrays, indices, counts, num_masked, q_offset, kv_len, tiling):
     grid_names=("cta",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
-    compiler_params=common.compiler_params(plgpu),
+    compiler_params=backend.compiler_params(plgpu),
   )
   return kernel(
     *arrays,
@@ -97,11 +98,11 @@ def _dq_kernel(
   num_tiles: int,
   num_ctas: int,
 ):
-  pl, plgpu = common.pallas()
+  pl, plgpu = backend.pallas()
   config = tiling.config
   tile_kv, stages = config.tile_kv, config.stages_dq
   per_block = tiling.block_kv // tile_kv
-  compute_wgs = tiling.block_q // common.ROWS
+  compute_wgs = tiling.block_q // backend.ROWS
   wg = lax.axis_index("wg")
   my_turns, tile_number = common.rounds(
     num_tiles, num_ctas, lax.axis_index("cta")
@@ -118,7 +119,7 @@ def _dq_kernel(
 
   @pl.when(wg == compute_wgs)
   def _load():
-    plgpu.set_max_registers(common.LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(backend.LOADER_REGISTERS, action="decrease")
 
     def load_tile(turn, done):
       row, batch, q_block, head = tile_at(turn)
@@ -130,8 +131,8 @@ def _dq_kernel(
         plgpu.barrier_wait(q_free)
 
       for index in range(compute_wgs):
-        start = q_block * tiling.block_q + index * common.ROWS
-        rows = (batch, pl.ds(start, common.ROWS), head)
+        start = q_block * tiling.block_q + index * backend.ROWS
+        rows = (batch, pl.ds(start, backend.ROWS), head)
         plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem.at[index], q_full)
         plgpu.copy_gmem_to_smem(do_ref.at[rows], do_smem.at[index], q_full)
         plgpu.copy_gmem_to_smem(
@@ -179,14 +180,14 @@ def _dq_kernel(
       plgpu.barrier_wait(q_full)
       per_row = plgpu.Layout.WGMMA.reduce(1)
       statistics = {
-        name: common.load(stat_smem.at[wg, index], layout=per_row)
+        name: backend.load(stat_smem.at[wg, index], layout=per_row)
         for index, name in enumerate(("lse", "delta"))
       }
-      first_query = q_block * tiling.block_q + wg * common.ROWS
-      num_visible = jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
+      first_query = q_block * tiling.block_q + wg * backend.ROWS
+      num_visible = jnp.full((backend.ROWS,), kv_len_ref[batch], jnp.int32)
       if tiling.causal:
         position = plgpu.broadcasted_iota(
-          jnp.int32, (common.ROWS,), 0, layout=per_row
+          jnp.int32, (backend.ROWS,), 0, layout=per_row
         )
         num_visible = jnp.minimum(
           num_visible, position + (q_offset_ref[batch] + first_query + 1)
@@ -194,7 +195,7 @@ def _dq_kernel(
 
       def step_fn(step, dq, is_masked):
         slot = lax.rem(done + step, stages)
-        shape = (common.ROWS, tile_kv)
+        shape = (backend.ROWS, tile_kv)
 
         def ask_logits(acc_ref):
           plgpu.barrier_wait(k_full.at[slot])
@@ -240,7 +241,7 @@ def _dq_kernel(
         return dq
 
       dq = plgpu.layout_cast(
-        jnp.full((common.ROWS, tiling.head_dim), 0, jnp.float32),
+        jnp.full((backend.ROWS, tiling.head_dim), 0, jnp.float32),
         plgpu.Layout.WGMMA,
       )
       dq = lax.fori_loop(
@@ -252,7 +253,7 @@ def _dq_kernel(
       q_smem.at[wg][...] = (dq * tiling.scale).astype(q_ref.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(
-        q_smem.at[wg], dq_ref.at[batch, pl.ds(first_query, common.ROWS), head]
+        q_smem.at[wg], dq_ref.at[batch, pl.ds(first_query, backend.ROWS), head]
       )
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       plgpu.barrier_arrive(q_free)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import device
+from pallas_kernels import mosaic_gpu_backend as backend
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_common as common,
 )
@@ -59,11 +60,11 @@ class Tiling:
   def heads_per_tile(self) -> int:
     """Two heads where a block has one warpgroup's rows and lists are shared."""
     shared = math.gcd(self.heads_per_mask, self.num_heads // self.num_kv_heads)
-    return 2 if self.block_q == common.ROWS and shared % 2 == 0 else 1
+    return 2 if self.block_q == backend.ROWS and shared % 2 == 0 else 1
 
   @property
   def compute_wgs(self) -> int:
-    return self.heads_per_tile * self.block_q // common.ROWS
+    return self.heads_per_tile * self.block_q // backend.ROWS
 
   @property
   def tiles_per_row(self) -> int:
@@ -105,7 +106,7 @@ def call(
   tiling,
 ):
   """Runs the kernel; lists flattened. lse comes as [batch, heads, rows]."""
-  _, plgpu = common.pallas()
+  _, plgpu = backend.pallas()
   config, head_dim = tiling.config, tiling.head_dim
   compute_wgs, tile_kv = tiling.compute_wgs, config.tile_kv
   batch = q.shape[0]
@@ -120,19 +121,19 @@ def call(
       num_barriers=config.stages,
     )
   )
-  transforms = common.transforms(plgpu)
+  transforms = backend.transforms(plgpu)
   kv_smem = plgpu.SMEM(
     (config.stages, tile_kv, head_dim), q.dtype, transforms=transforms
   )
   scratch = dict(
     qo_smem=plgpu.SMEM(
-      (config.q_slots, compute_wgs, common.ROWS, head_dim),
+      (config.q_slots, compute_wgs, backend.ROWS, head_dim),
       q.dtype,
       transforms=transforms,
     ),
     k_smem=kv_smem,
     v_smem=kv_smem,
-    lse_smem=plgpu.SMEM((compute_wgs, common.ROWS), jnp.float32),
+    lse_smem=plgpu.SMEM((compute_wgs, backend.ROWS), jnp.float32),
     q_full=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     q_free=plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=config.q_slots),
     k_full=plgpu.Barrier(
@@ -161,7 +162,7 @@ def call(
     cluster_names=("member",),
     num_threads=compute_wgs + 1,
     thread_name="wg",
-    compiler_params=common.compiler_params(plgpu),
+    compiler_params=backend.compiler_params(plgpu),
   )
   return kernel(
     q,
@@ -210,7 +211,7 @@ def _kernel(
   num_clusters: int,
   position_smem: Any = None,  # int32 [stages, tile_kv]; of columns alone
 ):
-  pl, plgpu = common.pallas()
+  pl, plgpu = backend.pallas()
   config = tiling.config
   wg = lax.axis_index("wg")
   compute_wgs, stages, q_slots = (
@@ -244,12 +245,12 @@ def _kernel(
     """Batch, rows and head of one warpgroup."""
     start = q_block * tiling.block_q
     if tiling.heads_per_tile == 1:
-      return batch, pl.ds(start + index * common.ROWS, common.ROWS), head
-    return batch, pl.ds(start, common.ROWS), head + index
+      return batch, pl.ds(start + index * backend.ROWS, backend.ROWS), head
+    return batch, pl.ds(start, backend.ROWS), head + index
 
   @pl.when(wg == compute_wgs)
   def _load():
-    plgpu.set_max_registers(common.LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(backend.LOADER_REGISTERS, action="decrease")
 
     def load_tile(turn_index, done):
       row, batch, q_block, head, kv_head = tile_at(turn_index)
@@ -336,20 +337,20 @@ def _kernel(
       q_slot = lax.rem(turn_index, q_slots)
       q_smem = qo_smem.at[q_slot, wg]
       # Number of keys, from 0 on, that each row may see.
-      num_visible = jnp.full((common.ROWS,), kv_len_ref[batch], jnp.int32)
+      num_visible = jnp.full((backend.ROWS,), kv_len_ref[batch], jnp.int32)
       if tiling.causal:
         first = q_offset_ref[batch] + q_block * tiling.block_q + 1
         if tiling.heads_per_tile == 1:
-          first += wg * common.ROWS
+          first += wg * backend.ROWS
         position = plgpu.broadcasted_iota(
-          jnp.int32, (common.ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+          jnp.int32, (backend.ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
         )
         num_visible = jnp.minimum(num_visible, position + first)
 
       def column_positions(slot):
         if not tiling.has_columns:
           return None
-        return common.load(
+        return backend.load(
           position_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
         )
 
@@ -378,14 +379,14 @@ def _kernel(
 
       zeros = functools.partial(jnp.full, fill_value=0, dtype=jnp.float32)
       acc = plgpu.layout_cast(
-        zeros((common.ROWS, tiling.head_dim)), plgpu.Layout.WGMMA
+        zeros((backend.ROWS, tiling.head_dim)), plgpu.Layout.WGMMA
       )
       row_max = plgpu.layout_cast(
-        jnp.full((common.ROWS,), _NO_KEY, jnp.float32),
+        jnp.full((backend.ROWS,), _NO_KEY, jnp.float32),
         plgpu.Layout.WGMMA.reduce(1),
       )
       row_sum = plgpu.layout_cast(
-        zeros((common.ROWS,)), plgpu.Layout.WGMMA.reduce(1)
+        zeros((backend.ROWS,)), plgpu.Layout.WGMMA.reduce(1)
       )
       plgpu.barrier_wait(q_full.at[q_slot])
       if takes_turns:
@@ -404,7 +405,7 @@ def _kernel(
           return acc_ref[...]
 
         logits = pl.run_scoped(
-          multiply_keys, plgpu.ACC((common.ROWS, tile_kv), jnp.float32)
+          multiply_keys, plgpu.ACC((backend.ROWS, tile_kv), jnp.float32)
         )
         positions = column_positions(slot)
         plgpu.barrier_arrive(k_free.at[slot])

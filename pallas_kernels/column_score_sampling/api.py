@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.column_score_sampling import (
+  mosaic_gpu,
   mosaic_tpu,
   reference,
   triton,
@@ -14,6 +15,7 @@ from pallas_kernels.column_score_sampling import (
 IMPLEMENTATIONS = {
   "reference": reference.column_score_sampling,
   "xla": xla.column_score_sampling,
+  "mosaic_gpu": mosaic_gpu.column_score_sampling,
   "triton": triton.column_score_sampling,
   "mosaic_tpu": mosaic_tpu.column_score_sampling,
 }
@@ -44,8 +46,9 @@ def column_score_sampling(
     causal: whether a query sees only keys at or before its own position.
     scale: softmax scale, dimensionless; default head_dim ** -0.5.
     kv_len: number of valid keys; scalar or [batch]; default all of k.
-    implementation: "triton", "mosaic_tpu", "xla", "reference", a sequence to
-      try in order, or None for this platform's default.
+    implementation: "mosaic_gpu" (many rows on Hopper), "triton", "mosaic_tpu",
+      "xla", "reference", a sequence to try in order, or None for this
+      platform's default.
 
   Returns:
     float32 [batch, num_heads, kv_len]; its sum over keys is the number of rows

@@ -1,5 +1,7 @@
 """Triton kernels for NVIDIA GPUs: two passes, no logit stored.
 
+On a Hopper card they serve what `mosaic_gpu` refuses.
+
 The first pass finds the log-sum-exp of each sampled row, tile of rows by tile
 of rows. The second holds a tile of keys and walks the rows that see it, so that
 each column is summed by one program, in one order: same bits every time.

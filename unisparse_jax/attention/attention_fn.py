@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import checks, dispatch
@@ -98,7 +99,8 @@ class SparseAttention:
       return dense.dense_attention(
         q, k, v, implementation=self.dense_implementation, **where
       )
-    mask = self.pattern.select(q, k, **where)
+    # A choice has no gradient, and the kernels that score have no rule for one.
+    mask = self.pattern.select(*lax.stop_gradient((q, k)), **where)
     return executor.sparse_attention(
       q, k, v, mask, scale=scale, implementation=self.implementation
     )

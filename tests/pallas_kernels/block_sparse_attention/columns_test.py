@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sparse_attention import columns, mosaic_gpu_common
+from pallas_kernels import mosaic_gpu_backend
+from pallas_kernels.block_sparse_attention import columns
 from tests import helpers
 
 BATCH, Q_LEN, HEADS, UNITS, COLUMNS, BLOCK = 2, 300, 8, 4, 200, 128
@@ -115,7 +116,7 @@ def test_gradients_of_many_blocks_are_summed_in_float32():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lowers_for_cuda(head_dim):
   try:
-    mosaic_gpu_common.pallas()
+    mosaic_gpu_backend.pallas()
   except NotImplementedError as error:
     pytest.skip(str(error))
   (*arrays, positions), settings, _ = make_case(jnp.bfloat16, head_dim)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import device
+from pallas_kernels import device, mosaic_gpu_backend
 from pallas_kernels.block_sparse_attention import (
   arg_specs,
   mosaic_gpu,
@@ -22,7 +22,7 @@ from tests.pallas_kernels.block_sparse_attention import suite
 
 def has_pallas():
   try:
-    mosaic_gpu_common.pallas()
+    mosaic_gpu_backend.pallas()
   except NotImplementedError:
     return False
   return True

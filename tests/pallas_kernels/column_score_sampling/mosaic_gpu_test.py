@@ -93,3 +93,27 @@ def test_refuses_other_devices():
   if jax.default_backend() == "cpu":
     with pytest.raises(NotImplementedError, match="mosaic_gpu needs an NVIDIA"):
       mosaic_gpu.column_score_sampling(*arrays, scale=SCALE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64)]
+)
+def test_on_the_card(dtype, head_dim):
+  arrays = make_case(
+    batch=2,
+    num_rows=700,
+    kv_len=3000,
+    group=4,
+    head_dim=head_dim,
+    dtype=jnp.dtype(dtype),
+    ascending=dtype == "bfloat16",
+  )
+  op = jax.jit(
+    functools.partial(
+      mosaic_gpu.sample, scale=SCALE, schedule=mosaic_gpu.Schedule()
+    )
+  )
+  scores = op(*arrays)
+  helpers.assert_same(scores, expected_scores(*arrays), 2e-6)
+  np.testing.assert_array_equal(np.asarray(scores), np.asarray(op(*arrays)))

@@ -98,6 +98,34 @@ def test_gradients_through_blocks_and_columns():
     helpers.assert_same(a, e, 5e-6)
 
 
+class _WithoutGradient:
+  """As on a GPU, where kernels without a rule for derivatives score blocks."""
+
+  def select(self, q, k, **where):
+    @jax.custom_jvp
+    def kernel(q):
+      return q
+
+    @kernel.defjvp
+    def refuse(primals, tangents):
+      raise NotImplementedError("no rule")
+
+    return attention.UniSparse(top_p=0.8, block_q=32, block_kv=32).select(
+      kernel(q), k, **where
+    )
+
+
+def test_gradient_does_not_ask_the_selection_for_one():
+  q, k, v = helpers.make_qkv(
+    batch=1, q_len=64, kv_len=64, num_heads=2, num_kv_heads=1, head_dim=16
+  )
+  sparse = attention.SparseAttention(
+    pattern=_WithoutGradient(), implementation="xla"
+  )
+  gradients = jax.jit(jax.grad(lambda *x: sparse(*x).sum(), argnums=(0, 1, 2)))
+  assert all(bool(jnp.abs(g).max() > 0) for g in gradients(q, k, v))
+
+
 def test_merge_of_two_halves_is_the_whole():
   q, k, v = helpers.make_qkv(q_len=64)
   kept = np.tril(np.ones((1, 4, 64, 64), bool))
