@@ -102,6 +102,7 @@ def problems(draw):
 
 def check_invariants(mask, q_offset, kv_len, causal):
   grid = mask.grid
+  q_offset, kv_len = np.asarray(q_offset), np.asarray(kv_len)
   counts = np.asarray(mask.num_kv_blocks)
   lists = np.asarray(mask.kv_block_indices)
   kept = np.asarray(mask.to_dense())
