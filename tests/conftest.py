@@ -1,5 +1,6 @@
 """Strict modes for every test, and what must be set before JAX starts."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,3 +47,9 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if item.get_closest_marker("gpu"):
       item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish():
+  """Keeps what the imports made out of every garbage collection to come."""
+  gc.collect()
+  gc.freeze()

@@ -356,7 +356,7 @@ def test_one_query_that_looks_at_one_place_is_heard():
       window_kv=1,
       num_sink_blocks=0,
     )
-    mask = pattern.select(jnp.asarray(q), jnp.asarray(k))
+    mask = jax.jit(pattern.select)(q, k)
     kept[over_queries] = np.asarray(mask.to_dense())[0, 0]
   row, block = 250 // pattern.block_q, 33 // pattern.block_kv
   assert kept["max"][row, block] and not kept["mean"][row, block]
