@@ -8,7 +8,6 @@ from flax import nnx
 from tests import helpers
 from unisparse_jax import attention
 
-
 attend = jax.jit(attention.sparse_attention, static_argnames="return_lse")
 columns_of = jax.jit(attention.ColumnSet.from_dense, static_argnums=1)
 mask_of = jax.jit(attention.BlockMask.from_dense)
