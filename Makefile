@@ -13,8 +13,15 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.long_context \
 	  --config=configs/long_context/demo.py --workdir=out/demo
 
+# Most tests are many programs that run for moments, and most of their time goes
+# into XLA's newer, slower code generator. Where it matters what the compiler
+# makes of a program (`optimised`), it stays.
+QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "not gpu and not optimised"
+	$(PYTEST) -m "not gpu and optimised"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -253,19 +253,22 @@ def test_each_layer_of_a_model_attends_with_its_own():
       self.calls += 1
       return (first, second)[self.calls - 1](*args, **where)
 
-  expected, _ = model(tokens, attention_fn=ByCall())
-  found, _ = model(tokens, attention_fn=layered)
-  helpers.assert_same(found, expected, 1e-6)
+  def run(attention_fn, cache=None, **settings):
+    @jax.jit
+    def forward(tokens, cache):
+      return model(tokens, cache=cache, attention_fn=attention_fn, **settings)
+
+    return forward(tokens, cache)[0]
+
+  expected = run(ByCall())
+  helpers.assert_same(run(layered), expected, 1e-6)
   swapped = attention.LayeredAttention(layers=(second, first))
-  other, _ = model(tokens, attention_fn=swapped)
-  assert helpers.relative_error(other, expected) > 1e-3
-  with_remat, _ = model(tokens, attention_fn=layered, remat=True)
-  helpers.assert_same(with_remat, expected, 1e-6)
+  assert helpers.relative_error(run(swapped), expected) > 1e-3
+  helpers.assert_same(run(layered, remat=True), expected, 1e-6)
   calls = models.capture_qkv(model, tokens, attention_fn=layered)
   assert [c[0].shape for c in calls] == [(1, 96, 4, 8)] * 2
   cache = models.KVCache.init(model.config, batch=1, capacity=96)
-  cached, _ = model(tokens, cache=cache, attention_fn=layered)
-  helpers.assert_same(cached, expected, 1e-6)
+  helpers.assert_same(run(layered, cache), expected, 1e-6)
 
 
 def test_layers_of_another_model_are_refused():

@@ -102,6 +102,7 @@ def problems(draw):
 
 def check_invariants(mask, q_offset, kv_len, causal):
   grid = mask.grid
+  q_offset, kv_len = np.asarray(q_offset), np.asarray(kv_len)
   counts = np.asarray(mask.num_kv_blocks)
   lists = np.asarray(mask.kv_block_indices)
   kept = np.asarray(mask.to_dense())
@@ -375,7 +376,7 @@ def test_one_query_that_looks_at_one_place_is_heard():
       window_kv=1,
       num_sink_blocks=0,
     )
-    mask = pattern.select(jnp.asarray(q), jnp.asarray(k))
+    mask = jax.jit(pattern.select)(q, k)
     kept[over_queries] = np.asarray(mask.to_dense())[0, 0]
   row, block = 250 // pattern.block_q, 33 // pattern.block_kv
   assert kept["max"][row, block] and not kept["mean"][row, block]

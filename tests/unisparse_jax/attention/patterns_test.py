@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 import pallas_kernels
 from tests import helpers
 from unisparse_jax import attention
+from unisparse_jax.attention import budgets
 
 PATTERNS = {
   "dense": attention.Dense(block_q=32, block_kv=16),
@@ -25,6 +28,14 @@ PATTERNS = {
     num_sink=20, num_local=30, block_q=32, block_kv=16
   ),
 }
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "causal"))
+def select(pattern, q, k, *, causal=True, **where):
+  """The mask, and what is read off it as booleans, in one program."""
+  mask = pattern.select(q, k, causal=causal, **where)
+  grid = mask.grid
+  return mask, (mask.to_dense(), grid.admissible(), grid.diagonal())
 
 
 def planted(seed=0, length=1024, block=64):
@@ -56,12 +67,11 @@ def test_invariants_of_every_mask(name, causal, chunked):
   where = {}
   if chunked:
     where = dict(q_offset=jnp.asarray([90, 33]), kv_len=jnp.asarray([190, 133]))
-  mask = PATTERNS[name].select(q, k, causal=causal, **where)
-  kept = np.asarray(mask.to_dense())
-  admissible = np.asarray(mask.grid.admissible())[:, None]
+  mask, dense = select(PATTERNS[name], q, k, causal=causal, **where)
+  kept, admissible, diagonal = map(np.asarray, dense)
+  admissible, diagonal = admissible[:, None], diagonal[:, None]
   assert not (kept & ~admissible).any()
   if causal:
-    diagonal = np.asarray(mask.grid.diagonal())[:, None]
     assert (kept | ~diagonal).all()
   if causal or name != "streaming":
     assert (kept.any(-1)).all()
@@ -71,17 +81,22 @@ def test_invariants_of_every_mask(name, causal, chunked):
     ]
     assert (np.diff(live) < 0).all()
   assert not mask.num_dropped.any()
-  again = PATTERNS[name].select(q, k, causal=causal, **where)
-  np.testing.assert_array_equal(kept, again.to_dense())
+  _, (again, *_) = select(PATTERNS[name], q, k, causal=causal, **where)
+  np.testing.assert_array_equal(kept, again)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_everything_kept_is_dense_attention(causal):
   q, k, v = helpers.make_qkv(q_len=150)
   full = attention.UniSparse(top_p=1.0, block_q=32, block_kv=32)
-  out = attention.sparse_attention(q, k, v, full.select(q, k, causal=causal))
-  expected = attention.dense_attention(q, k, v, causal=causal)
-  helpers.assert_same(out, expected, 1e-6)
+
+  @jax.jit
+  def attend(q, k, v):
+    mask = full.select(q, k, causal=causal)
+    out = attention.sparse_attention(q, k, v, mask)
+    return out, attention.dense_attention(q, k, v, causal=causal)
+
+  helpers.assert_same(*attend(q, k, v), 1e-6)
 
 
 def test_composite_logit_is_the_mean_token_logit():
@@ -151,34 +166,49 @@ def test_planted_blocks_are_found():
   pattern = attention.UniSparse(
     top_p=0.9, window_q=8, window_kv=8, block_q=64, block_kv=64
   )
-  mask = pattern.select(q, k)
-  recall = attention.metrics.recall(q, k, mask)[0, :, 0]
+
+  @jax.jit
+  def measure(q, k):
+    mask = pattern.select(q, k)
+    return (
+      attention.metrics.recall(q, k, mask)[0, :, 0],
+      attention.metrics.density(mask)[0, 0],
+      attention.metrics.block_mass(q, k, mask.grid)[0, 0, -1],
+      pattern.block_scores(q, k, mask.grid)[0, 0, -1],
+    )
+
+  recall, density, mass, score = map(np.asarray, measure(q, k))
   by_row = recall.reshape(16, 64).mean(1)
   # Measured 0.902 and 0.705.
   assert float(recall.mean()) > 0.88 and float(by_row.min()) > 0.65
-  assert float(attention.metrics.density(mask)[0, 0]) < 0.6
+  assert density < 0.6
   # Ranking: blocks by score against blocks by true mass, last row.
-  mass = attention.metrics.block_mass(q, k, mask.grid)[0, 0, -1]
-  score = pattern.block_scores(q, k, mask.grid)[0, 0, -1]
-  best, found = (set(np.argsort(-np.asarray(x))[:3]) for x in (mass, score))
+  best, found = (set(np.argsort(-x)[:3]) for x in (mass, score))
   assert len(best & found) >= 2  # measured 2
 
 
 def test_density_grows_with_top_p():
   q, k = planted()
 
-  def density(top_p):
-    pattern = attention.UniSparse(top_p=top_p, block_q=64, block_kv=64)
-    return float(attention.metrics.density(pattern.select(q, k))[0, 0])
+  template, _ = budgets.split_budget(
+    attention.UniSparse(top_p=0.5, block_q=64, block_kv=64)
+  )
 
-  densities = [density(p) for p in (0.3, 0.6, 0.9, 0.99, 1.0)]
+  @jax.jit
+  def density(top_p):
+    mask = budgets.with_budget(template, top_p).select(q, k)
+    return attention.metrics.density(mask)[0, 0]
+
+  densities = [
+    float(density(jnp.float32(p))) for p in (0.3, 0.6, 0.9, 0.99, 1.0)
+  ]
   assert densities == sorted(densities)
   assert densities[0] < densities[-2] and densities[-1] == 1.0
 
 
 def test_top_k_counts_blocks():
   q, k, _ = helpers.make_qkv(q_len=256)
-  mask = attention.UniSparse(top_k=3, block_q=32, block_kv=32).select(q, k)
+  mask, _ = select(attention.UniSparse(top_k=3, block_q=32, block_kv=32), q, k)
   np.testing.assert_array_equal(
     mask.num_kv_blocks[0, 0], [1, 2, 3, 3, 3, 3, 3, 3]
   )

@@ -8,6 +8,10 @@ from flax import nnx
 from tests import helpers
 from unisparse_jax import attention
 
+attend = jax.jit(attention.sparse_attention, static_argnames="return_lse")
+columns_of = jax.jit(attention.ColumnSet.from_dense, static_argnums=1)
+mask_of = jax.jit(attention.BlockMask.from_dense)
+
 
 def boolean_mask(mask, num_heads):
   """A mask with columns as booleans [batch, heads, q_len, kv_len]."""
@@ -38,9 +42,9 @@ def random_mask(q, k, *, num_mask_heads=2, columns=True, causal=True, **where):
   column_set = None
   if columns:
     kept = jnp.asarray(rng.random((*shape[:2], k.shape[1])) < 0.1)
-    column_set = attention.ColumnSet.from_dense(kept, 40)
+    column_set = columns_of(kept, 40)
   kept = jnp.asarray(rng.random(shape) < 0.3)
-  return attention.BlockMask.from_dense(g, kept, columns=column_set)
+  return mask_of(g, kept, columns=column_set)
 
 
 @pytest.mark.parametrize("num_mask_heads", [1, 2, 3, 6])
@@ -57,7 +61,7 @@ def test_blocks_and_columns_match_float64(num_mask_heads, causal):
     q_offset=jnp.asarray([50, 10]),
     kv_len=jnp.asarray([150, 111]),
   )
-  out, lse = attention.sparse_attention(q, k, v, mask, return_lse=True)
+  out, lse = attend(q, k, v, mask, return_lse=True)
   kept = boolean_mask(mask, 6)
   expected, expected_lse = helpers.numpy_attention(q, k, v, kept)
   helpers.assert_same(out, expected, 2e-6)
@@ -68,13 +72,13 @@ def test_one_column_more_is_seen():
   q, k, v = helpers.make_qkv(q_len=96)
   mask = random_mask(q, k)
   kept = boolean_mask(mask, 4)
+  expected, _ = helpers.numpy_attention(q, k, v, kept)
+  helpers.assert_same(attend(q, k, v, mask), expected, 2e-6)
   missing = np.argwhere(~kept[0, 0, -1])[0]
   kept[0, 0, -1, missing] = True
   expected, _ = helpers.numpy_attention(q, k, v, kept)
   with pytest.raises(AssertionError):
-    helpers.assert_same(
-      attention.sparse_attention(q, k, v, mask), expected, 2e-6
-    )
+    helpers.assert_same(attend(q, k, v, mask), expected, 2e-6)
 
 
 def test_gradients_through_blocks_and_columns():
@@ -92,8 +96,8 @@ def test_gradients_through_blocks_and_columns():
   def library(q, k, v):
     return (jax.nn.dot_product_attention(q, k, v, mask=kept) ** 2).sum()
 
-  actual = jax.grad(ours, argnums=(0, 1, 2))(q, k, v)
-  expected = jax.grad(library, argnums=(0, 1, 2))(q, k, v)
+  actual = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(q, k, v)
+  expected = jax.jit(jax.grad(library, argnums=(0, 1, 2)))(q, k, v)
   for a, e in zip(actual, expected, strict=True):
     helpers.assert_same(a, e, 5e-6)
 
@@ -179,14 +183,15 @@ def test_plug_in_of_nnx_attention():
   )
   x = jax.random.normal(jax.random.key(0), (2, 70, 32))
   causal = nnx.make_causal_mask(jnp.ones((2, 70)))
-  expected = layer(x, mask=causal)
+  call = nnx.jit(lambda layer, x, mask=None: layer(x, mask=mask))
+  expected = call(layer, x, causal)
   sparse = attention.SparseAttention(
     pattern=attention.UniSparse(
       top_p=1.0, block_q=32, block_kv=32, head_group=1
     )
   )
   layer.attention_fn = attention.as_flax_attention(sparse)
-  helpers.assert_same(layer(x), expected, 1e-6)
+  helpers.assert_same(call(layer, x), expected, 1e-6)
   with pytest.raises(ValueError, match="mask must be None"):
     layer(x, mask=causal)
 
@@ -214,9 +219,15 @@ def test_dense_below():
   )
   always = attention.SparseAttention(pattern=pattern)
   fallback = attention.SparseAttention(pattern=pattern, dense_below=129)
-  expected = attention.dense_attention(q, k, v)
-  helpers.assert_same(fallback(q, k, v), expected, 1e-6)
-  assert helpers.relative_error(always(q, k, v), expected) > 0.1
+  expected, below, sparse = jax.jit(
+    lambda q, k, v: (
+      attention.dense_attention(q, k, v),
+      fallback(q, k, v),
+      always(q, k, v),
+    )
+  )(q, k, v)
+  helpers.assert_same(below, expected, 1e-6)
+  assert helpers.relative_error(sparse, expected) > 0.1
 
 
 def test_mask_of_another_length_is_refused():
