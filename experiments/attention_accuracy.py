@@ -18,13 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  long_context_config,
-  long_context_run,
-  runs,
-  selector_study,
-)
+from experiments import selector_study
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import long_context_config, long_context_run
 from pallas_kernels import checks
 from unisparse_jax import attention, models, records
 

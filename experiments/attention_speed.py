@@ -28,9 +28,10 @@ import rich.console
 import rich.table
 from absl import app
 
-from experiments import attention_speed_captured, flags_and_configs
-from experiments import attention_speed_config as speed_config
-from experiments import attention_speed_run as speed_run
+from experiments.frame import flags_and_configs
+from experiments.kernels import attention_speed_captured
+from experiments.kernels import attention_speed_config as speed_config
+from experiments.kernels import attention_speed_run as speed_run
 from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
@@ -75,7 +76,7 @@ def _measure_torch(config: speed_config.Config) -> Iterator[dict[str, Any]]:
   request = json.dumps(_without_types(records.to_json(config)))
   try:
     done = subprocess.run(
-      [sys.executable, "-m", "experiments.attention_speed_torch"],
+      [sys.executable, "-m", "experiments.kernels.attention_speed_torch"],
       input=request,
       stdout=subprocess.PIPE,
       text=True,

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from experiments import (
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import (
   calibrate_search,
-  flags_and_configs,
-  long_context,
   long_context_config,
   long_context_run,
-  runs,
 )
 from unisparse_jax import attention, models, records
 

@@ -19,13 +19,12 @@ import numpy as np
 import rich.progress
 from absl import app
 
-from experiments import (
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import (
   calibrate_answers_search,
-  flags_and_configs,
-  long_context,
   long_context_config,
   long_context_run,
-  runs,
 )
 from unisparse_jax import attention, evaluation, models, records, tasks
 

@@ -17,15 +17,11 @@ import numpy as np
 import rich.table
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  long_context,
-  long_context_config,
-  runs,
-  speculation_fit,
-  speculation_setup,
-)
-from experiments import speculation_config as config_lib
+from experiments import long_context
+from experiments.decoding import speculation_config as config_lib
+from experiments.decoding import speculation_fit, speculation_setup
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import long_context_config
 from unisparse_jax import models
 from unisparse_jax.data import domains
 from unisparse_jax.speculative import calibration, head_files

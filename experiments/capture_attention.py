@@ -23,13 +23,9 @@ import numpy as np
 from absl import app
 from safetensors import numpy as safetensors_numpy
 
-from experiments import (
-  flags_and_configs,
-  long_context,
-  long_context_config,
-  long_context_run,
-  runs,
-)
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import long_context_config, long_context_run
 from pallas_kernels import checks
 from unisparse_jax import attention, models, tasks
 from unisparse_jax.attention import dense

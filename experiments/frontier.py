@@ -6,9 +6,9 @@ as `experiments.long_context` does, then draws task score, recall and KL against
 density and against attention time with selection, and lists each pattern's
 fastest budget that keeps the dense score. Writes WORKDIR/records.jsonl,
 WORKDIR/matched.json and WORKDIR/report.html. With `search` the answers of few
-budgets are asked for, see `experiments.frontier_search`; with `compile_only`
-the programs are compiled into the cache and nothing is measured, for which the
-model's folder needs no weights.
+budgets are asked for, see `experiments.prefill.frontier_search`; with
+`compile_only` the programs are compiled into the cache and nothing is measured,
+for which the model's folder needs no weights.
 
 The same command goes on where an earlier one stopped.
 """
@@ -18,12 +18,12 @@ import time
 
 from absl import app
 
-from experiments import (
-  flags_and_configs,
+from experiments import long_context
+from experiments.frame import flags_and_configs
+from experiments.prefill import (
   frontier_config,
   frontier_figures,
   frontier_search,
-  long_context,
   long_context_config,
   long_context_report,
   long_context_scanned,

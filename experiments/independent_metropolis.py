@@ -17,8 +17,8 @@ import time
 import jax
 from absl import app
 
-from experiments import (
-  flags_and_configs,
+from experiments.frame import flags_and_configs
+from experiments.sampling import (
   imh_evidence,
   imh_posteriors,
   imh_tables,

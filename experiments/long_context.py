@@ -19,14 +19,13 @@ import rich.console
 import rich.progress
 from absl import app
 
-from experiments import (
-  flags_and_configs,
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import (
   long_context_config,
   long_context_report,
   long_context_run,
   long_context_scanned,
   long_context_summary,
-  runs,
 )
 from unisparse_jax import models
 

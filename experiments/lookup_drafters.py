@@ -18,12 +18,9 @@ import numpy as np
 from absl import app
 from rich import table as rich_table
 
-from experiments import (
-  flags_and_configs,
-  long_context,
-  long_context_config,
-  runs,
-)
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import long_context_config
 from pallas_kernels import checks
 from unisparse_jax import data, models, speculative
 from unisparse_jax.data import sources

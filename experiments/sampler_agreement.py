@@ -10,7 +10,8 @@ import numpy as np
 import rich.console
 from absl import app
 
-from experiments import flags_and_configs, mcmc_problems, mcmc_runs
+from experiments.frame import flags_and_configs
+from experiments.sampling import mcmc_problems, mcmc_runs
 from unisparse_jax import mcmc
 
 _CONFIG, _WORKDIR = flags_and_configs.define()

@@ -7,11 +7,8 @@ import jax
 import rich.console
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  mcmc_runs,
-  sampler_throughput_run,
-)
+from experiments.frame import flags_and_configs
+from experiments.sampling import mcmc_runs, sampler_throughput_run
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  long_context,
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import (
   long_context_config,
   long_context_run,
-  runs,
   selector_study_curves,
   selector_study_scores,
 )

@@ -15,16 +15,15 @@ import time
 import rich.console
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  long_context,
-  long_context_config,
-  runs,
+from experiments import long_context
+from experiments.decoding import (
   speculation_config,
   speculation_report,
   speculation_summary,
   speculative_speedup_run,
 )
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import long_context_config
 from unisparse_jax import models
 from unisparse_jax.speculative import head_files
 

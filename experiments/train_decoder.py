@@ -14,7 +14,8 @@ import logging
 
 from absl import app
 
-from experiments import code_data, flags_and_configs
+from experiments.frame import flags_and_configs
+from experiments.training import code_data
 from unisparse_jax import attention, data, models, records, training
 
 _LOG = logging.getLogger("experiments.train_decoder")

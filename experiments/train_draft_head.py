@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from absl import app
 from flax import nnx
 
-from experiments import flags_and_configs, long_context_config, own_text_data
+from experiments.frame import flags_and_configs
+from experiments.prefill import long_context_config
+from experiments.training import own_text_data
 from unisparse_jax import attention, data, models, records, training
 from unisparse_jax.speculative import eagle_head, head_files
 

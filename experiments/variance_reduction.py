@@ -8,12 +8,8 @@ import rich.console
 import rich.table
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  mcmc_figures,
-  mcmc_runs,
-  variance_reduction_run,
-)
+from experiments.frame import flags_and_configs
+from experiments.sampling import mcmc_figures, mcmc_runs, variance_reduction_run
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 

@@ -16,11 +16,10 @@ import time
 
 from absl import app
 
-from experiments import (
-  flags_and_configs,
-  frontier_figures,
-  long_context,
-  runs,
+from experiments import long_context
+from experiments.frame import flags_and_configs, runs
+from experiments.prefill import frontier_figures
+from experiments.vision import (
   vision_attention_config,
   vision_attention_data,
   vision_attention_report,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from configs.attention_accuracy import default, smoke
-from experiments import attention_accuracy, flags_and_configs
+from experiments import attention_accuracy
+from experiments.frame import flags_and_configs
 from tests import helpers
 
 

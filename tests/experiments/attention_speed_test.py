@@ -5,11 +5,8 @@ import numpy as np
 import pytest
 
 from configs.attention_speed import default, million, quick, smoke, targets
-from experiments import (
-  attention_speed,
-  attention_speed_config,
-  attention_speed_run,
-)
+from experiments import attention_speed
+from experiments.kernels import attention_speed_config, attention_speed_run
 from unisparse_jax import records
 
 

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 
 from configs.calibrate_answers import default, smoke
-from experiments import (
-  calibrate_answers,
-  calibrate_answers_search,
-  long_context_config,
-)
+from experiments import calibrate_answers
+from experiments.prefill import calibrate_answers_search, long_context_config
 from unisparse_jax import attention, data, models, records
 from unisparse_jax.data import sources
 

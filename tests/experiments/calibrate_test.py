@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs.calibrate import default, minference, smoke, xattention_steps
-from experiments import calibrate, calibrate_search, long_context_config
+from experiments import calibrate
+from experiments.prefill import calibrate_search, long_context_config
 from tests import helpers
 from unisparse_jax import attention, records
 from unisparse_jax.attention import calibration

@@ -2,7 +2,7 @@
 import pytest
 from flax import nnx
 
-from experiments import flags_and_configs
+from experiments.frame import flags_and_configs
 from unisparse_jax import models
 from unisparse_jax.data import sources
 from unisparse_jax.data import tokenizer as tokenizer_lib

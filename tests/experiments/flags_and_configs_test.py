@@ -5,7 +5,7 @@ import enum
 import ml_collections
 import pytest
 
-from experiments import flags_and_configs
+from experiments.frame import flags_and_configs
 
 
 class Shape(enum.Enum):

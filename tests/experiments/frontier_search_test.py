@@ -5,7 +5,11 @@ import pytest
 
 from configs.frontier import study, study_smoke
 from configs.train_decoder import study as study_model
-from experiments import frontier_config, frontier_figures, frontier_search
+from experiments.prefill import (
+  frontier_config,
+  frontier_figures,
+  frontier_search,
+)
 from unisparse_jax import models, training
 
 SWEEPS = (

@@ -7,11 +7,10 @@ import types
 import pytest
 
 from configs.frontier import default, smoke, threshold
-from experiments import (
-  frontier,
+from experiments import frontier, long_context
+from experiments.prefill import (
   frontier_config,
   frontier_figures,
-  long_context,
   long_context_config,
   long_context_run,
 )

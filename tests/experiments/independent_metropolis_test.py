@@ -9,13 +9,9 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from experiments import (
-  flags_and_configs,
-  imh_evidence,
-  imh_targets,
-  imh_throughput,
-  independent_metropolis,
-)
+from experiments import independent_metropolis
+from experiments.frame import flags_and_configs
+from experiments.sampling import imh_evidence, imh_targets, imh_throughput
 
 CONFIGS = pathlib.Path("configs/independent_metropolis")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from configs.long_context import default, demo, smoke
-from experiments import (
+from experiments import long_context
+from experiments.frame import html_page
+from experiments.prefill import (
   figures,
-  html_page,
-  long_context,
   long_context_config,
   long_context_run,
   long_context_summary,

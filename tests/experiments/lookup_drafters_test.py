@@ -4,7 +4,8 @@ import types
 import pytest
 
 from configs.lookup_drafters import default, smoke
-from experiments import flags_and_configs, lookup_drafters
+from experiments import lookup_drafters
+from experiments.frame import flags_and_configs
 from unisparse_jax import records, speculative
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import mcmc_figures
+from experiments.sampling import mcmc_figures
 from unisparse_jax import records
 
 ROOT = pathlib.Path(__file__).parents[2]

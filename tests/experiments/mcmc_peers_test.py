@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import mcmc_peers, mcmc_problems, sampler_agreement
+from experiments import sampler_agreement
+from experiments.sampling import mcmc_peers, mcmc_problems
 from unisparse_jax import mcmc
 
 

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from configs.selector_study import default, smoke
-from experiments import (
-  flags_and_configs,
-  selector_study,
-  selector_study_curves,
-  selector_study_scores,
-)
+from experiments import selector_study
+from experiments.frame import flags_and_configs
+from experiments.prefill import selector_study_curves, selector_study_scores
 from tests import helpers
 from unisparse_jax import attention, records
 

@@ -18,14 +18,16 @@ from configs.train_draft_head import pylib_12m as head_pylib
 from configs.train_draft_head import smoke as head_smoke
 from experiments import (
   calibrate_speculation,
-  flags_and_configs,
-  own_text_data,
-  speculation_config,
-  speculation_summary,
   speculative_speedup,
-  speculative_speedup_run,
   train_draft_head,
 )
+from experiments.decoding import (
+  speculation_config,
+  speculation_summary,
+  speculative_speedup_run,
+)
+from experiments.frame import flags_and_configs
+from experiments.training import own_text_data
 from unisparse_jax import data, models, records, training
 from unisparse_jax.speculative import calibration, eagle_head, head_files
 

@@ -15,15 +15,12 @@ from configs.capture_attention import smoke as capture_smoke
 from configs.capture_attention import study as capture_study
 from configs.frontier import study
 from configs.train_decoder import study as study_model
-from experiments import (
-  attention_speed_captured,
-  attention_speed_config,
+from experiments import capture_attention, frontier, long_context
+from experiments.frame import flags_and_configs
+from experiments.kernels import attention_speed_captured, attention_speed_config
+from experiments.prefill import (
   calibrate_answers_search,
-  capture_attention,
-  flags_and_configs,
-  frontier,
   frontier_config,
-  long_context,
   long_context_config,
   long_context_programs,
   long_context_run,

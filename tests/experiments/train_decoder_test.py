@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs.train_decoder import smoke
-from experiments import flags_and_configs, train_decoder
+from experiments import train_decoder
+from experiments.frame import flags_and_configs
 from unisparse_jax import data, models, training
 from unisparse_jax.data import sources
 

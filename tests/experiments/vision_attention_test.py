@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs.vision_attention import default, smoke
-from experiments import (
-  vision_attention,
+from experiments import vision_attention
+from experiments.vision import (
   vision_attention_config,
   vision_attention_data,
   vision_attention_model,
