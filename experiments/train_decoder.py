@@ -5,6 +5,9 @@ Builds the tokenizer and the tokenised corpus under the workdir if they are
 missing, trains by the length curriculum of the config, evaluates on held-out
 modules and writes the model in the Hugging Face layout to WORKDIR/model.
 
+With `initial`, the folder of a model, it begins with that one's weights, for
+example to learn longer contexts.
+
 The same command goes on where an earlier one stopped, whatever stopped it.
 """
 
@@ -12,15 +15,17 @@ import dataclasses
 import functools
 import logging
 
+import jax.numpy as jnp
 from absl import app
 
 from experiments.frame import flags_and_configs
+from experiments.prefill import long_context_config
 from experiments.training import code_data
 from unisparse_jax import attention, data, models, records, training
 
 _LOG = logging.getLogger("experiments.train_decoder")
 _CONFIG, _WORKDIR = flags_and_configs.define()
-_SECTIONS = ("model", "train", "data", "eval")
+_SECTIONS = ("model", "train", "data", "eval", "initial")
 _DATA_KEYS = (
   *("seed", "packages", "extra_directories", "mixture", "tokenizer"),
   *("answer_weights", "cache"),
@@ -62,6 +67,11 @@ def main(argv):
       "config.data.answer_weights must have one value for each stage; got "
       f"{answer_weights} for {len(train_config.stages)} stages."
     )
+  settings, initial_folder = {"data": config["data"]}, None
+  if config.get("initial"):
+    initial_folder = long_context_config.model_folder(config["initial"])
+    training.check_initial(models.load_hf_config(initial_folder), model_config)
+    settings["initial"] = long_context_config.weights_hash(initial_folder)
   workdir = records.claim_workdir(
     _WORKDIR.value,
     config,
@@ -88,9 +98,11 @@ def main(argv):
       make_rows, corpus, config["data"]["seed"], mixture, answer_weights
     ),
     workdir / "train",
-    settings={"data": config["data"]},
+    settings=settings,
     evaluate=code_data.make_evaluate(config["eval"], held_out, attention_fn),
     attention_fn=attention_fn,
+    initial=initial_folder
+    and models.load_hf(initial_folder, dtype=jnp.float32),
   )
   _LOG.info(
     "stopped at step %d of %d after %.0f s: %s",

@@ -13,6 +13,7 @@ import ml_collections
 
 def get_config():
   config = ml_collections.ConfigDict()
+  config.initial = ""  # Or the folder of a model to begin with.
   config.model = dict(
     vocab_size=4096,
     num_layers=8,

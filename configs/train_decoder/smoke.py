@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 def get_config():
   config = ml_collections.ConfigDict()
+  config.initial = ""  # Or the folder of a model to begin with.
   config.model = dict(
     vocab_size=512,
     num_layers=2,

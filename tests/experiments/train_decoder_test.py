@@ -89,6 +89,12 @@ def test_unknown_keys_are_named(run_main, tmp_path):
     )
 
 
+def test_nothing_is_written_for_another_architecture(run_main, tmp_path):
+  with pytest.raises(ValueError, match="initial must have the architecture of"):
+    run_main(tmp_path / "run", **{"initial": "pylib_12m"})
+  assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_written_for_a_bad_config(run_main, tmp_path):
   with pytest.raises(ValueError, match="learning_rate must be"):
     run_main(tmp_path / "run", **{"train.learning_rate": float("nan")})

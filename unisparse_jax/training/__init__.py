@@ -21,6 +21,7 @@ from unisparse_jax.training.head_config import (
 from unisparse_jax.training.head_loop import HeadResult as HeadResult
 from unisparse_jax.training.head_loop import train_head as train_head
 from unisparse_jax.training.loop import TrainResult as TrainResult
+from unisparse_jax.training.loop import check_initial as check_initial
 from unisparse_jax.training.loop import train as train
 from unisparse_jax.training.metrics import read_metrics as read_metrics
 from unisparse_jax.training.own_texts import TextGroup as TextGroup

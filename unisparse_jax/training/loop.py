@@ -65,6 +65,7 @@ def train(
   evaluate: Evaluate | None = None,
   attention_fn: Any = None,
   show_progress: bool = True,
+  initial: models.Decoder | None = None,
 ) -> TrainResult:
   """Trains a decoder, or goes on where the run in `workdir` stopped.
 
@@ -77,10 +78,11 @@ def train(
     model_config: of the decoder; max_len must hold the longest stage.
     make_source: rows of each stage, see `input_pipeline.SourceFactory`.
     workdir: gets run.json, metrics.jsonl, tensorboard/ and checkpoints/.
-    settings: of the data; part of the run's identity.
+    settings: of the data and of `initial`; part of the run's identity.
     evaluate: called with the model and the step; its numbers are written.
     attention_fn: default `attention.DenseAttention` with config.attention.
     show_progress: whether to show a bar or log lines.
+    initial: weights to begin with; default: drawn from the seed.
 
   Returns:
     The model and how the call ended.
@@ -96,6 +98,8 @@ def train(
       "seq_len of a stage must be <= max_len; got "
       f"seq_len={longest}, max_len={model_config.max_len}."
     )
+  if initial is not None:
+    check_initial(initial.config, model_config)
   start = time.monotonic()
   workdir = records.claim_workdir(
     workdir,
@@ -114,9 +118,27 @@ def train(
       evaluate=evaluate,
       attention_fn=attention_fn,
       show_progress=show_progress,
+      initial=initial,
       stack=stack,
     )
     return run.run(start, stop)
+
+
+def check_initial(given: models.DecoderConfig, wanted: models.DecoderConfig):
+  """Raises ValueError where `train` cannot begin with such a model's weights.
+
+  Positions may be other ones: longer contexts are learnt so.
+
+  Args:
+    given: architecture of the weights.
+    wanted: that of the model to train.
+  """
+  free = {"max_len": wanted.max_len, "rope_theta": wanted.rope_theta}
+  if dataclasses.replace(given, **free) != wanted:
+    raise ValueError(
+      "initial must have the architecture of model_config, max_len and "
+      f"rope_theta aside; got {given}; expected {wanted}."
+    )
 
 
 class _Run:
@@ -132,6 +154,7 @@ class _Run:
     evaluate,
     attention_fn,
     show_progress,
+    initial,
     stack: contextlib.ExitStack,
   ):
     self._config = config
@@ -145,6 +168,12 @@ class _Run:
     )
     self._graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
+    if initial is not None:
+      params = jax.tree.map(
+        lambda own, new: jnp.array(new, own.dtype),  # ours are donated
+        params,
+        nnx.to_pure_dict(nnx.state(initial)),
+      )
     self._optimizer = optimizer.make_optimizer(config)
     self._schedule = optimizer.make_schedule(config)
     self._state = {

@@ -119,6 +119,34 @@ def test_stage_longer_than_the_model_is_refused(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_begins_with_the_weights_of_another_model(tmp_path):
+  first = tiny_run.train(tmp_path / "first").model
+
+  def train(workdir, initial, model_config=tiny_run.MODEL):
+    stage = training.Stage(seq_len=16, batch_size=4, steps=2)
+    return training.train(
+      tiny_run.make_config(stages=(stage,), warmup_steps=1, learning_rate=1e-9),
+      model_config,
+      tiny_run.make_source,
+      workdir,
+      show_progress=False,
+      initial=initial,
+    ).model
+
+  longer = dataclasses.replace(tiny_run.MODEL, max_len=128)
+  model = train(tmp_path / "second", first, longer)
+  assert model.config.max_len == 128
+  jax.tree.map(
+    lambda new, old: np.testing.assert_allclose(new, old, atol=1e-6),
+    nnx.to_pure_dict(nnx.state(model)),
+    nnx.to_pure_dict(nnx.state(first)),
+  )
+  wider = dataclasses.replace(tiny_run.MODEL, mlp_dim=96)
+  with pytest.raises(ValueError, match="initial must have the architecture of"):
+    train(tmp_path / "third", first, wider)
+  assert not (tmp_path / "third").exists()
+
+
 def test_export_can_be_loaded(whole, tmp_path):
   workdir, result = whole
   folder = training.export(
