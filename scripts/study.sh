@@ -28,12 +28,13 @@ RESERVE_S=${RESERVE_S:-100}       # of what is left, kept from the frontier for 
 COMPILE_THREADS=${COMPILE_THREADS:-4}
 SMOKE=${SMOKE:-0}
 MODEL=${MODEL:-}                  # another trained model: then no training
+# TRAIN_CONFIG: another config of train_decoder, such as study_long.py.
 EXTRA_TRAIN=${EXTRA_TRAIN:-}; EXTRA_FRONTIER=${EXTRA_FRONTIER:-}
 mkdir -p "$STUDY" "$OUT_DIR"
 # One compilation cache for every step (the mains keep one that is set).
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$STUDY/compilation_cache}
 CFG=configs
-T_CFG=$CFG/train_decoder/study.py; C_CFG=$CFG/calibrate_answers/study.py; F_CFG=$CFG/frontier/study.py
+T_CFG=${TRAIN_CONFIG:-$CFG/train_decoder/study.py}; C_CFG=$CFG/calibrate_answers/study.py; F_CFG=$CFG/frontier/study.py
 Q_CFG=$CFG/capture_attention/study.py; S_CFG=$CFG/attention_speed/captured.py
 if [ "$SMOKE" = 1 ]; then
   export JAX_PLATFORMS=cpu
