@@ -19,6 +19,7 @@ METHODS = (
   "fixed",  # EAGLE-3: a dynamic tree of fixed depth and size
   "heterospec",  # the paper's rule with alpha and gamma
   "joint",  # depth and size of each bin searched together
+  "thrifty",  # fewest verified tokens for the fixed tree's tokens per call
   "fixed_same",  # fixed tree with the mean nodes of `heterospec`
   "fixed_best",  # the fixed tree that the replay finds fastest
   "predictive",  # learned acceptance predictor, ours
@@ -32,7 +33,9 @@ METHODS = (
 # "unisparse": target and head by top-p; "calibrated": the target by the
 # settings by layer and head that lie beside its weights, the head as before.
 PREFILLS = ("dense", "unisparse", "calibrated")
-CALIBRATED = ("heterospec", "joint", "fixed_best", "predictive", "gated")
+CALIBRATED = (
+  *("heterospec", "joint", "thrifty", "fixed_best", "predictive", "gated"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

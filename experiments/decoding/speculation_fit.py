@@ -7,6 +7,11 @@ from experiments.decoding import speculation_setup
 from unisparse_jax.speculative import calibration
 from unisparse_jax.speculative.calibration import predictor
 
+# Numbers of draft nodes that `thrifty` chooses from, and how many more tokens
+# than the fixed tree's it must bring on the steps that it is fitted to.
+_SIZES = (3, 7, 11, 15, 19, 23, 27, 31, 39, 47, 55, 63)
+_MARGIN = 1.01
+
 
 def fit(
   setup: speculation_setup.Setup,
@@ -52,12 +57,34 @@ def fit(
   test_bins = calibration.bin_of(test.entropy, thresholds)
   learned = predictor.fit(train, arms, thresholds)
   by_draft = predictor.fit(train, arms, thresholds, use_recent=False)
+  sized = {
+    part: calibration.Arms.of(
+      part_log,
+      depths=sorted({*depths, config.fixed_depth}),
+      nodes=sorted({*_SIZES, config.fixed_nodes} & {*range(shape.max_nodes)}),
+      base_depth=shape.base_depth,
+    )
+    for part, part_log in (("train", train), ("test", test))
+  }
+  like = sized["train"].arms.index((config.fixed_depth, config.fixed_nodes))
+  least_tokens = _MARGIN * float(sized["train"].tokens[:, like].mean())
   tables, comparison = [rule], []
   rates, step_ms = {}, {}
   for cost in costs:
     joint = calibration.by_bin(arms, bins, cost, num_bins=calibration.NUM_BINS)
     single = calibration.fixed(arms, cost)
-    for name, choice in (("joint", joint), ("fixed_best", single)):
+    thrifty = calibration.fewest_nodes(
+      sized["train"],
+      bins,
+      cost,
+      num_bins=calibration.NUM_BINS,
+      least_tokens=least_tokens,
+    )
+    for name, choice in (
+      ("joint", joint),
+      ("thrifty", thrifty),
+      ("fixed_best", single),
+    ):
       tables.append(
         calibration.Table(
           name=name,
@@ -72,6 +99,9 @@ def fit(
     rates[str(cost.batch)] = rate
     picked = learned.choose(train, times, rate)
     step_ms[str(cost.batch)] = float(times[picked].mean())
+    comparison.append(
+      _of_table("thrifty", sized["test"], cost, test_bins, thrifty)
+    )
     comparison += _compare(
       config,
       cost,
@@ -117,6 +147,15 @@ def fit(
     about=about,
   )
   return artefact, comparison
+
+
+def _of_table(name, arms, cost, bins, choice) -> dict:
+  """A row of the replay's table for a choice by bin, on other steps."""
+  index = {arm: i for i, arm in enumerate(arms.arms)}
+  table = np.array(
+    [index[d, n] for d, n in zip(choice.depth, choice.nodes, strict=True)]
+  )
+  return _row(name, cost, calibration.evaluate(arms, bins, cost, table))
 
 
 def _repeat(values: np.ndarray) -> tuple[int, ...]:

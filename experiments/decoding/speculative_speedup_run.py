@@ -18,7 +18,10 @@ from unisparse_jax.speculative.calibration import predictor
 
 _MAX_GAPS = 8  # rows of a measurement that are looked into
 # Methods whose policy is a table: one compiled program.
-_TABLES = ("fixed", "heterospec", "joint", "fixed_same", "fixed_best", "eagle2")
+_TABLES = (
+  *("fixed", "heterospec", "joint", "thrifty", "fixed_same", "fixed_best"),
+  "eagle2",
+)
 _NO_DRAFTER = {"drafter": None, "policy": None, "shape": None}
 _DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
 

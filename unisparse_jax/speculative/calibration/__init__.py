@@ -22,5 +22,8 @@ from unisparse_jax.speculative.calibration.search import Arms as Arms
 from unisparse_jax.speculative.calibration.search import Choice as Choice
 from unisparse_jax.speculative.calibration.search import by_bin as by_bin
 from unisparse_jax.speculative.calibration.search import evaluate as evaluate
+from unisparse_jax.speculative.calibration.search import (
+  fewest_nodes as fewest_nodes,
+)
 from unisparse_jax.speculative.calibration.search import fixed as fixed
 from unisparse_jax.speculative.calibration.search import oracle as oracle

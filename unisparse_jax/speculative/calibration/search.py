@@ -154,6 +154,55 @@ def by_bin(
   return evaluate(arms, bins, costs, table, seed=seed)
 
 
+def fewest_nodes(
+  arms: Arms,
+  bins: np.ndarray,
+  costs: costs_lib.StepCosts,
+  *,
+  num_bins: int,
+  least_tokens: float,
+) -> Choice:
+  """The arm of each bin, for the fewest verified tokens that are enough.
+
+  Maximises tokens - price * (nodes + 1), with the highest price at which the
+  steps still bring `least_tokens` in the mean.
+
+  Args:
+    arms: of the steps.
+    bins: int [n], bin of each step.
+    costs: of the batch that the result is evaluated for.
+    num_bins: a bin without steps gets what is best without bins.
+    least_tokens: per step, bonus included; where no table brings them, the one
+      that brings most.
+  """
+  sizes = np.array([n for _, n in arms.arms]) + 1.0
+  counts = np.bincount(bins, minlength=num_bins).astype(np.float64)
+  sums = np.stack(
+    [
+      np.bincount(bins, weights=arms.tokens[:, a], minlength=num_bins)
+      for a in range(len(arms.arms))
+    ],
+    axis=1,
+  )
+
+  def table_at(price):
+    gain = sums - price * counts[:, None] * sizes[None, :]
+    everywhere = int(np.argmax(gain.sum(axis=0)))
+    return np.where(counts > 0, np.argmax(gain, axis=1), everywhere)
+
+  def tokens(table):
+    return sums[np.arange(num_bins), table].sum() / counts.sum()
+
+  low, high = 0.0, float(arms.tokens.max())  # at `high` no node is worth it
+  for _ in range(60):
+    middle = (low + high) / 2.0
+    if tokens(table_at(middle)) >= least_tokens:
+      low = middle
+    else:
+      high = middle
+  return evaluate(arms, bins, costs, table_at(low))
+
+
 def evaluate(
   arms: Arms,
   bins: np.ndarray,

@@ -73,6 +73,39 @@ def test_the_search_finds_what_trying_everything_finds():
   assert single.rate < choice.rate <= oracle.rate
 
 
+def test_fewest_nodes_bring_what_is_asked_for():
+  records, easy = two_kinds()
+  arms = make_arms(records)
+  bins = np.where(easy, 0, 1)
+  sizes = np.array([n for _, n in arms.arms]) + 1
+  tried = []  # (mean nodes, mean tokens) of every table
+  for table in itertools.product(range(len(arms.arms)), repeat=2):
+    picked = np.asarray(table)[bins]
+    tokens = np.take_along_axis(arms.tokens, picked[:, None], 1).mean()
+    tried.append((sizes[picked].mean(), tokens))
+  # With 8 levels and 8 nodes everywhere, the most that can be had.
+  most = max(tokens for _, tokens in tried)
+  for share in (1.0, 0.9):
+    choice = calibration.fewest_nodes(
+      arms, bins, COSTS, num_bins=2, least_tokens=share * most
+    )
+    assert choice.tokens_per_step >= share * most - 1e-6
+    nodes = (choice.nodes + 1)[bins].mean()
+    if share == 1.0:
+      enough = [n for n, tokens in tried if tokens >= most - 1e-6]
+      assert nodes == pytest.approx(min(enough))
+      assert nodes < 9.0  # that tree in every step
+    else:
+      # No table brings as much and is better by its price.
+      assert not any(
+        n < nodes and x >= choice.tokens_per_step for n, x in tried
+      )
+  beyond = calibration.fewest_nodes(
+    arms, bins, COSTS, num_bins=2, least_tokens=2 * most
+  )
+  assert beyond.tokens_per_step == pytest.approx(most)
+
+
 def test_a_bin_without_steps_gets_the_best_single_arm():
   records, easy = two_kinds()
   arms = make_arms(records)
