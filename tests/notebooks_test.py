@@ -35,6 +35,8 @@ def test_names_exist(path):
       assert node.module is not None
       module = importlib.import_module(node.module)
       for name in node.names:
+        if not hasattr(module, name.name):
+          importlib.import_module(f"{node.module}.{name.name}")
         found[name.asname or name.name] = getattr(module, name.name)
   checked = 0
   for node in ast.walk(tree):
