@@ -10,8 +10,8 @@ Run:     python -m experiments.calibrate_speculation
          after the target (configs/train_decoder/target_155m.py, out/target)
          and its head (configs/train_draft_head/default.py, out/head).
 Device:  one H100 or H200; 1 minute and 6 minutes and their compilation.
-Expect:  on one H100 7.1 tokens a call and 4.7 times plain decoding for the fixed
-         tree, mean of five domains, batch 1, greedy;
+Expect:  on one H100 7.1 tokens a call and 4.7 times plain decoding for the
+         fixed tree, mean of five domains, batch 1, greedy;
          results/speculative_speedup_h100.jsonl (its time ended before the
          other policies and batches).
 """
@@ -40,6 +40,11 @@ def get_config():
   # one more copy of the target to compile.
   config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))
   config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
+  config.combined_shape = dict(
+    width=8, base_depth=6, max_depth=20, buckets=(1, 32, 64)
+  )
+  config.combined_nodes = 31
+  config.combined_cost = 1.8
   config.static_shape = dict(
     width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
   )
@@ -65,10 +70,11 @@ def get_config():
     "eagle2",
     "ngram",
     "suffix",
+    "combined",
     "static",
     "oracle",
   )
-  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
+  config.few = ("eagle2", "ngram", "suffix", "combined", "static", "oracle")
   config.few_at = ((1, 0.0), (16, 0.0))
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)

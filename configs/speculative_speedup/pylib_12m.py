@@ -38,6 +38,11 @@ def get_config():
   config.shape = dict(width=4, base_depth=3, max_depth=6, buckets=(1, 4, 8, 16))
   config.packed = ((4, 4, 12, 24, 48),)
   config.chain_shape = dict(width=1, base_depth=7, buckets=(1, 4, 8))
+  config.combined_shape = dict(
+    width=4, base_depth=3, max_depth=7, buckets=(1, 4, 8, 16)
+  )
+  config.combined_nodes = 7
+  config.combined_cost = 2.1
   config.static_shape = dict(
     width=4, base_depth=3, buckets=(1, 8), static_levels=_STATIC
   )
@@ -46,7 +51,7 @@ def get_config():
   )
   config.fixed_depth = 4
   config.fixed_nodes = 15
-  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
+  config.few = ("eagle2", "ngram", "suffix", "combined", "static", "oracle")
   config.few_at = ((1, 0.0), (4, 0.0), (1, 1.0))
   config.batches = (1, 4)
   config.prompts = 4
