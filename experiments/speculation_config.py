@@ -142,7 +142,7 @@ class SpeculationConfig:
   fixed_depth: int = 8
   fixed_nodes: int = 60
   combined_nodes: int = 31
-  combined_cost: float = 1.8
+  combined_cost: float = 1.7
   methods: tuple[str, ...] = METHODS
   domains: tuple[str, ...] = domains.DOMAINS
   batches: tuple[int, ...] = (1, 4, 16, 64)

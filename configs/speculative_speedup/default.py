@@ -44,7 +44,7 @@ def get_config():
     width=8, base_depth=6, max_depth=20, buckets=(1, 32, 64)
   )
   config.combined_nodes = 31
-  config.combined_cost = 1.8
+  config.combined_cost = 1.7
   config.static_shape = dict(
     width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
   )

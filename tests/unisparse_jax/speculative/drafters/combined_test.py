@@ -12,6 +12,7 @@ import pytest
 
 from tests.unisparse_jax.speculative import (
   drafters_for_tests,
+  engine_test,
   lookup_test,
   tree_test,
 )
@@ -77,9 +78,12 @@ def test_a_batch_gets_the_plain_output(eagle_pair, prompts, kind):
   plain = models.generate(
     target, prompts, max_new_tokens=NEW, lengths=LENGTHS, eos_id=3
   )
+  # One of them shares its verified nodes between the rows.
+  packed = (4, 16) if kind == "heterospec" else ()
   result = generate(
-    target, make(head), prompts, kind, lengths=LENGTHS, eos_id=3
-  )
+    target, make(head), prompts, kind, lengths=LENGTHS, eos_id=3,
+    shape=dataclasses.replace(SHAPE, packed=packed), log_trees=True,
+  )  # fmt: skip
   np.testing.assert_array_equal(result.tokens, plain)
   levels = result.log.column("draft_levels").max(axis=1)
   took = result.log.column("num_emitted") > 0
@@ -87,6 +91,7 @@ def test_a_batch_gets_the_plain_output(eagle_pair, prompts, kind):
   # Some steps skipped the model and still verified a draft; some did not.
   assert np.any((levels == 0)[:, None] & took & (nodes > 1))
   assert np.any(levels > 0) and levels.max() <= DEPTH
+  engine_test.check_tree_log(result.log)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
