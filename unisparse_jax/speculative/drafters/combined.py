@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import checks
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative import tree
-from unisparse_jax.speculative.drafters import base
+from unisparse_jax.speculative.drafters import base, by_level
 
 MATCHES = (1, 2, 3, 4, 6, 9, 16)  # shortest match of each class, tokens
 MODEL = 0  # arm of the model; 1 + i: a match of class i
@@ -94,7 +94,7 @@ class LookupFirst:
 
   Attributes:
     lookup: `PromptLookup` or `SuffixMatch`.
-    drafter: any drafter but one that draws at random.
+    drafter: such as `Eagle` or `SmallDecoder`.
     model_cost: float32 scalar, time of a step that the drafter drafts over that
       of one that the lookup does.
     decay: float32 scalar in [0, 1), weight of the past in an arm's mean.
@@ -102,14 +102,14 @@ class LookupFirst:
       other arms go back to `start`, or one bad match would count for ever.
     start: tokens expected of the arms of a new row: of the model, then of a
       match of 1, 2, 3, 4 to 5, 6 to 8, 9 to 15, and 16 or more tokens.
-    min_match: shortest match that is used.
+    min_match: shortest match that is used, if the lookup's own is shorter.
     lookup_nodes: most nodes of a lookup, root not counted; the policy has no
       say in it.
     drafter_depth: `TreeShape.max_depth` of the drafter; 0: as the lookup's.
   """
 
   lookup: Any
-  drafter: Any
+  drafter: by_level.LevelDrafter
   model_cost: Float[Array, ""] | float = 1.7
   decay: Float[Array, ""] | float = 0.8
   drift: Float[Array, ""] | float = 0.02
@@ -157,14 +157,13 @@ class LookupFirst:
       type(self.lookup).__name__,
       "a PromptLookup or a SuffixMatch",
     )
-    for name in ("lookup", "drafter"):
-      checks.require(
-        not getattr(getattr(self, name), "gives_probabilities", False),
-        name,
-        "choose its tokens",
-        type(getattr(self, name)).__name__,
-        "a drafter that does not draw at random",
-      )
+    checks.require(
+      isinstance(self.drafter, by_level.LevelDrafter),
+      "drafter",
+      "draft level by level",
+      type(self.drafter).__name__,
+      "a LevelDrafter, such as Eagle",
+    )
     for name, is_ok, rule in (
       ("model_cost", self.model_cost > 0, "be positive"),
       ("decay", 0 <= self.decay < 1, "be in [0, 1)"),
@@ -289,7 +288,7 @@ class LookupFirst:
     match = self.lookup.longest_match(context)
     edges = jnp.asarray(MATCHES, jnp.int32)
     arm = jnp.sum(match[:, None] >= edges[None, :], axis=-1, dtype=jnp.int32)
-    is_found = match >= self.min_match
+    is_found = match >= max(self.min_match, self.lookup.min_match)
     # A step brings one token more than its longest draft, and at least one.
     most = jnp.float32(max_depth + 1)
     tokens = jnp.take_along_axis(state.tokens, arm[:, None], axis=1)[:, 0]

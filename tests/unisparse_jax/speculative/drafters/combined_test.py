@@ -260,6 +260,11 @@ def test_a_row_without_a_match_is_nobodys(table):
   made = draft(drafter, state, context, SHAPE)
   assert int(made.levels) == 0 and int(made.record.arm[0]) == -1
   assert paths(made, context, 0) == {()}
+  # Nor does a match count that the lookup itself leaves out.
+  long = speculative.PromptLookup(max_match=16, min_match=11)
+  longer = dataclasses.replace(drafter, lookup=long)
+  made = draft(longer, state, lookup_test.context_of([REPEATS]), SHAPE)
+  assert int(made.levels) == 0 and int(made.record.arm[0]) == -1
 
 
 @pytest.mark.parametrize("with_corpus", [False, True])
@@ -336,7 +341,7 @@ def test_drafters_that_do_not_fit(target, other_model, table, prompts):
   drawn = speculative.SampledChain(
     model=other_model, sampler=models.Temperature()
   )
-  with pytest.raises(ValueError, match=r"^drafter must choose its"):
+  with pytest.raises(ValueError, match=r"^drafter must draft level by level"):
     generate(target, make(drawn), prompts, "fixed")
   with pytest.raises(ValueError, match=r"^lookup must find matches"):
     generate(target, make(table, lookup=table), prompts, "fixed")
