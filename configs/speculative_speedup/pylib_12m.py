@@ -17,6 +17,11 @@ Expect:  results/calibrate_speculation_cpu.jsonl, speculative_speedup_cpu.jsonl:
          ms and a node 0.2 ms where a plain step takes 1.6. At batch 4 a step
          that drafts costs 4.4 ms beside its parts, plain 2.6: nothing pays.
          Policies that decline to draft keep 0.88 to 0.99x.
+         speculative_speedup_combined_cpu.jsonl (batch 1, temperature 0, a busy
+         machine): lookups and head combined 3.57 tokens a call, the most, but
+         1.31x where n-gram has 1.84x and suffix 1.77x: the head does not pay,
+         and to keep its cache makes a copied step take 9.0 ms, not 5.9. No row
+         differs there either.
 """
 
 from configs.speculative_speedup import default
