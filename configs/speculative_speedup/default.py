@@ -40,6 +40,11 @@ def get_config():
   # one more copy of the target to compile.
   config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))
   config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
+  config.combined_shape = dict(
+    width=8, base_depth=6, max_depth=20, buckets=(1, 32, 64)
+  )
+  config.combined_nodes = 31
+  config.combined_cost = 1.7
   config.static_shape = dict(
     width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
   )
@@ -65,10 +70,11 @@ def get_config():
     "eagle2",
     "ngram",
     "suffix",
+    "combined",
     "static",
     "oracle",
   )
-  config.few = ("eagle2", "ngram", "suffix", "static", "oracle")
+  config.few = ("eagle2", "ngram", "suffix", "combined", "static", "oracle")
   config.few_at = ((1, 0.0), (16, 0.0))
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)

@@ -14,6 +14,10 @@ def get_config():
   config = default.get_config()
   config.shape = dict(width=3, base_depth=2, max_depth=4, buckets=(1, 8, 16))
   config.chain_shape = dict(width=1, base_depth=4, buckets=(1, 8))
+  config.combined_shape = dict(
+    width=3, base_depth=2, max_depth=6, buckets=(1, 8, 16)
+  )
+  config.combined_nodes = 7
   config.static_shape = dict(
     width=3,
     base_depth=2,

@@ -27,6 +27,7 @@ METHODS = (
   "eagle2",  # a dynamic tree of depth 6
   "ngram",
   "suffix",
+  "combined",  # suffix matching, or the fixed tree where that pays more
   "static",  # EAGLE-1: a tree of fixed shape
   "oracle",  # knows the output: a bound for every policy
 )
@@ -91,6 +92,11 @@ class SpeculationConfig:
       sizes count the nodes of all rows, roots included.
     chain_shape: of n-gram and suffix drafting.
     static_shape: of the static tree.
+    combined_shape: of `combined`; its max_depth is the lookup's, the head has
+      that of `shape`.
+    combined_nodes: most nodes of its lookup, root not counted.
+    combined_cost: time of one of its steps with the fixed tree, over that of
+      one with a lookup.
     calibration: see there.
     fixed_depth: levels of the fixed tree.
     fixed_nodes: its draft nodes, root not counted.
@@ -134,10 +140,13 @@ class SpeculationConfig:
   shape: tree.TreeShape
   chain_shape: tree.TreeShape
   static_shape: tree.TreeShape
+  combined_shape: tree.TreeShape
   calibration: Calibration
   packed: tuple[tuple[int, ...], ...] = ()
   fixed_depth: int = 8
   fixed_nodes: int = 60
+  combined_nodes: int = 31
+  combined_cost: float = 1.7
   methods: tuple[str, ...] = METHODS
   domains: tuple[str, ...] = domains.DOMAINS
   batches: tuple[int, ...] = (1, 4, 16, 64)
@@ -215,6 +224,14 @@ class SpeculationConfig:
       (self.fixed_depth, self.fixed_nodes),
       f"max_depth={self.shape.max_depth}, max_nodes={self.shape.max_nodes}",
     )
+    for name in ("width", "base_depth"):
+      checks.require(
+        getattr(self.combined_shape, name) == getattr(self.shape, name),
+        "combined_shape",
+        f"have the {name} of shape",
+        getattr(self.combined_shape, name),
+        f"{name}={getattr(self.shape, name)}",
+      )
     for batch, *sizes in self.packed:
       checks.require(
         bool(sizes) and sizes[0] >= batch,
@@ -231,6 +248,11 @@ class SpeculationConfig:
     if batch not in sizes:
       return self.shape
     return dataclasses.replace(self.shape, packed=sizes[batch])
+
+  def combined_shape_for(self, batch: int) -> tree.TreeShape:
+    """`shape_for` of the method `combined`."""
+    packed = self.shape_for(batch).packed
+    return dataclasses.replace(self.combined_shape, packed=packed)
 
   @property
   def wants_artefact(self) -> bool:

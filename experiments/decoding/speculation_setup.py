@@ -21,9 +21,10 @@ from unisparse_jax import attention, data, models, speculative
 from unisparse_jax.data import domains
 from unisparse_jax.speculative import head_files
 from unisparse_jax.speculative import policy as policy_lib
-from unisparse_jax.speculative.drafters import base, eagle, lookup
+from unisparse_jax.speculative.drafters import base, combined, eagle, lookup
 
 EAGLE = "eagle"
+COMBINED = "combined"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Setup:
     return self._targets[dtype]
 
   def drafter(self, name: str, dtype: str) -> Any:
-    """A drafter by name: "eagle", "ngram" or "suffix"."""
+    """A drafter by name: "eagle", "ngram", "suffix" or "combined"."""
     if (name, dtype) not in self._drafters:
       self._drafters[name, dtype] = self._make_drafter(name, dtype)
     return self._drafters[name, dtype]
@@ -88,6 +89,14 @@ class Setup:
       return lookup.PromptLookup()
     if name == "suffix":
       return lookup.SuffixMatch()
+    if name == COMBINED:
+      return combined.LookupFirst(
+        lookup=lookup.SuffixMatch(),
+        drafter=self.drafter(EAGLE, dtype),
+        model_cost=self.config.combined_cost,
+        lookup_nodes=self.config.combined_nodes,
+        drafter_depth=self.config.shape.max_depth,
+      )
     head = head_files.load_head(
       config_lib.head_folder(self.config.head),
       self.target(dtype),

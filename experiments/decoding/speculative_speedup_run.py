@@ -321,6 +321,12 @@ class Measurer:
       return dict(
         drafter=speculation_setup.EAGLE, policy=everything, shape=shape
       )
+    if method == speculation_setup.COMBINED:
+      return dict(
+        drafter=method,
+        policy=self._setup.table(config.fixed_depth, config.fixed_nodes),
+        shape=config.combined_shape_for(step.batch),
+      )
     shape = config.shape_for(step.batch)
     if method == "oracle":
       known = oracle.Oracle.create(expected, lengths, shape)

@@ -52,12 +52,16 @@ def small(model_folder, tmp_path):
   config.corpus = str(tmp_path / "corpus")
   config.packed = ()
   config.shape = dict(width=2, base_depth=1, max_depth=2, buckets=(1, 4))
+  config.combined_shape = dict(
+    width=2, base_depth=1, max_depth=4, buckets=(1, 4)
+  )
+  config.combined_nodes = 3
   config.fixed_depth = 2
   config.fixed_nodes = 3
   config.domains = ("tables",)
   config.batches = (1,)
   config.temperatures = (0.0,)
-  config.methods = ("plain", "fixed", "heterospec", "fixed_same")
+  config.methods = ("plain", "fixed", "heterospec", "fixed_same", "combined")
   config.few = ()
   config.few_at = ()
   config.exact_prompts = 0
@@ -155,6 +159,10 @@ def test_the_configs_are_well_formed():
     ({"methods": ("plain", "medusa")}, "methods must be a known name"),
     ({"batches": (1, 128)}, "batches must be at most the prompts"),
     ({"fixed_nodes": 64}, "fixed_depth and fixed_nodes must fit"),
+    (
+      {"combined_shape": {"width": 4, "base_depth": 6, "buckets": (1, 64)}},
+      "combined_shape must have the width of shape",
+    ),
     ({"short_prompt": 2048}, "short_prompt must be at most prompt_len"),
     ({"packed": ((16, 8),)}, "packed must leave room for the root"),
   ],

@@ -17,6 +17,9 @@ from unisparse_jax.speculative.drafters.by_level import Frontier as Frontier
 from unisparse_jax.speculative.drafters.by_level import (
   LevelDrafter as LevelDrafter,
 )
+from unisparse_jax.speculative.drafters.combined import (
+  LookupFirst as LookupFirst,
+)
 from unisparse_jax.speculative.drafters.eagle import Eagle as Eagle
 from unisparse_jax.speculative.drafters.lookup import (
   PromptLookup as PromptLookup,

@@ -326,6 +326,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     start=state.lengths - 1,
     counts=count,
     taps=taps,
+    record=draft.record,
   )
   outcome = policy_lib.Outcome(
     decision=draft.decision,

@@ -27,7 +27,7 @@ INT_FIELDS = (
   "bin",  # of the policy
   "terminal_rank",  # index of the deepest accepted node; 0: none accepted
   "depth",  # deepest valid node
-  "draft_levels",  # levels drafted in this step; 0: drafting was skipped
+  "draft_levels",  # levels drafted in this step; 0: a plain step or a copy
 )
 FLOAT_FIELDS = ("entropy", "score")  # those of `policy.Evidence`
 

@@ -71,6 +71,7 @@ class Committed:
     counts: int32 [batch], valid entries, from the left; 0 for a finished row.
     taps: [batch, n, 3 * embed_dim], the target's residual stream at its low,
       middle and high tap, side by side; None unless `needs_taps`.
+    record: `Draft.record` of the step; None for a prompt and plain steps.
   """
 
   tokens: Int[Array, "batch n"]
@@ -78,6 +79,7 @@ class Committed:
   start: Int[Array, " batch"]
   counts: Int[Array, " batch"]
   taps: Float[Array, "batch n taps_dim"] | None = None
+  record: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +97,7 @@ class Draft:
       each level of a chain was drawn from; None for tokens that were chosen.
       A drafter that gives them says so in an attribute `gives_probabilities`,
       and is verified by rejection.
+    record: what the drafter's own `extend` is to know of this draft, a pytree.
   """
 
   pool: tree.Pool
@@ -103,6 +106,7 @@ class Draft:
   score: Float[Array, " batch"]
   levels: Int[Array, ""]
   probabilities: Float[Array, "batch max_depth vocab_size"] | None = None
+  record: Any = None
 
 
 @runtime_checkable
@@ -220,7 +224,12 @@ def step_keys(keys: Array, lengths: Int[Array, " batch"], use: int) -> Array:
 
 
 def fingerprint(drafter: Any) -> str:
-  """Hash of a drafter's class, settings and weights; reads every weight."""
+  """Hash of a drafter's class, settings and weights; reads every weight.
+
+  A drafter that wraps the one that policies are fitted for names it in an
+  attribute `fitted_drafter`, and has its hash.
+  """
+  drafter = getattr(drafter, "fitted_drafter", drafter)
   leaves = jax.tree.leaves(drafter)
   digest = hashlib.sha256(type(drafter).__name__.encode())
   digest.update(str([jnp.shape(x) for x in leaves]).encode())

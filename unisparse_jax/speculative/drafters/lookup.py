@@ -29,6 +29,7 @@ class _Lookup:
   """What the drafters of this file have in common."""
 
   needs_taps = False
+  max_match: int
 
   def check(self, target: Any, shape: tree.TreeShape):
     """See `base.Drafter`."""
@@ -43,6 +44,21 @@ class _Lookup:
     """See `base.Drafter`."""
     del target, committed, is_prefill, attention_fn
     return state
+
+  def longest_match(self, context: base.Context) -> Int[Array, " batch"]:
+    """Tokens of the longest match, 0 to max_match; as in `draft`, not again."""
+    tokens, lengths = context.tokens, context.lengths
+    run = _match_lengths(tokens, tokens, lengths, self.max_match)
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    longest = jnp.max(
+      jnp.where(position < lengths[:, None] - 1, run, 0), axis=-1
+    )
+    corpus = getattr(self, "corpus", None)
+    if corpus is None:
+      return longest
+    text = corpus.astype(jnp.int32)[None]
+    run = _match_lengths(text, tokens, lengths, self.max_match)
+    return jnp.maximum(longest, jnp.max(run[:, :-1], axis=-1))
 
 
 @jax.tree_util.register_dataclass
