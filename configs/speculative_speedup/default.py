@@ -63,6 +63,7 @@ def get_config():
     "fixed",
     "heterospec",
     "joint",
+    "thrifty",
     "fixed_same",
     "fixed_best",
     "predictive",
