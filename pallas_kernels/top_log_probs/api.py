@@ -23,7 +23,7 @@ def top_log_probs(
   Args:
     logits: [..., vocab_size]; no NaN.
     width: at most vocab_size.
-    implementation: "triton" (vocab_size <= 65,536), "xla", "reference", a
+    implementation: "triton" (vocab_size <= 32,768), "xla", "reference", a
       sequence to try in order, or None for what `dispatch.preferring` names,
       "xla" where it names none.
 

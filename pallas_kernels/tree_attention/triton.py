@@ -2,9 +2,10 @@
 
 A decoding step of a small model waits for launches more than for memory: XLA's
 back end is about a dozen kernels a layer. Here a program holds a tile of the
-queries that share a key head and walks its share of the cache's valid slots;
-the last one walks the new tokens too. Where programs share a cache, a second
-kernel merges what they found. Arrays are read and written as they lie.
+queries that share a key head and walks the cache's valid slots, then the new
+tokens. Where the cache is long, several programs share it, one more has the new
+tokens, and a second kernel merges what they found. Arrays are read and written
+as they lie.
 """
 
 import functools
@@ -20,7 +21,7 @@ from pallas_kernels.triton_backend import plgpu
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # finite: a row of masked logits must not make NaN
-_MAX_SPLITS = 32
+_MAX_SHARERS = 32
 _MERGE_ROWS = 16
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,8 +42,9 @@ def tree_attention(
 ):
   """See `api.tree_attention` and, for the last two, `triton_backend`.
 
-  tile: rows, keys, warps, pipeline stages, programs that share a cache; a row
-    is a query of one head. Default: `default_tile`.
+  tile: rows, keys, warps, pipeline stages, and programs that share the keys of
+    a row: 1, or one for the new tokens and the others for the cache. A row is a
+    query of one head. Default: `default_tile`.
   """
   triton_backend.target(capability, interpret)
   batch, q_len, num_heads, head_dim = q.shape
@@ -122,8 +124,11 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
     head_dim: channels.
     itemsize: bytes of an element of q.
   """
-  if itemsize == 4:  # exact float32 products have no matrix instruction
-    most_rows, tile_keys, num_stages = 32, 32, 1
+  # Without spills, but for float32 products of 128 channels and more, which
+  # have no matrix instruction.
+  if itemsize == 4:
+    most_rows, num_stages = 16, 1
+    tile_keys = 32 if head_dim <= 64 else 16
   else:
     most_rows, num_stages = 64, 2
     tile_keys = 64 if head_dim <= 128 else 32
@@ -131,12 +136,14 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
   # As many programs as fill the card, but at least two tiles of keys for each:
   # the merge costs a launch.
   num_programs = num_walks * pl.cdiv(num_rows, tile_rows)
-  splits = min(
+  sharers = min(
     device.num_multiprocessors() // num_programs,
     capacity // (2 * tile_keys),
-    _MAX_SPLITS,
+    _MAX_SHARERS,
   )
-  return tile_rows, tile_keys, 4, num_stages, max(1, splits)
+  splits = sharers + 1 if sharers > 1 else 1
+  num_warps = 8 if itemsize == 4 and head_dim > 64 else 4
+  return tile_rows, tile_keys, num_warps, num_stages, splits
 
 
 def _kernel(
@@ -216,13 +223,17 @@ def _kernel(
   )
   num_walked = lax.div(cache_len + (tile_keys - 1), jnp.int32(tile_keys))
 
-  def first_of(split):  # rounded up: the last program has the tree besides
-    return lax.div(num_walked * split + (splits - 1), jnp.int32(splits))
+  sharers = max(1, splits - 1)
+
+  def first_of(sharer):
+    first = lax.div(num_walked * sharer + (sharers - 1), jnp.int32(sharers))
+    return jnp.minimum(first, num_walked)
 
   carry = lax.fori_loop(
     first_of(split), first_of(split + 1), attend_cache, carry
   )
-  num_trees = jnp.where(split == splits - 1, pl.cdiv(tree_len, tile_tree), 0)
+  is_last = lax.div(split + 1, jnp.int32(splits))  # 1 or 0
+  num_trees = is_last * pl.cdiv(tree_len, tile_tree)
   acc, row_max, row_sum = lax.fori_loop(0, num_trees, attend_tree, carry)
 
   is_row = row < num_rows

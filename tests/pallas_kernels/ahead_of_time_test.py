@@ -22,6 +22,8 @@ from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
 from pallas_kernels.logistic_likelihood import triton as likelihood_triton
+from pallas_kernels.top_log_probs import triton as top_triton
+from pallas_kernels.tree_attention import triton as tree_triton
 
 LENGTH = 4096
 # JAX says of its Triton back end that it will go.
@@ -106,6 +108,20 @@ def likelihood(**settings):
   return fn, tuple(array(*x, dtype=jnp.float32) for x in shapes)
 
 
+def tree_attention(dtype, q_len, tree_len, capacity=512, head_dim=64):
+  cache = array(2, 2, capacity, head_dim, dtype=dtype)
+  tree = array(2, tree_len, 2, head_dim, dtype=dtype)
+  q = array(2, q_len, 6, head_dim, dtype=dtype)
+  mask = array(2, q_len, tree_len, dtype=jnp.bool_)
+  fn = functools.partial(tree_triton.tree_attention, scale=0.125)
+  return fn, (q, cache, cache, array(2), tree, tree, mask)
+
+
+def top_log_probs(vocab_size, width):
+  fn = functools.partial(top_triton.top_log_probs, width=width)
+  return fn, (array(2, 8, vocab_size, dtype=jnp.float32),)
+
+
 TRITON = {
   "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
@@ -117,9 +133,17 @@ TRITON = {
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
   "likelihood": likelihood(),
   "likelihood_ieee": likelihood(tile=(32, 32, 4, 2, 4), products="ieee"),
+  "step_bfloat16": tree_attention(jnp.bfloat16, 1, 1),
+  "step_short_cache": tree_attention(jnp.bfloat16, 1, 1, capacity=128),
+  "tree_float16": tree_attention(jnp.float16, 64, 64, head_dim=128),
+  "tree_float32": tree_attention(jnp.float32, 8, 80),
+  "top": top_log_probs(4096, 8),
+  "top_ragged": top_log_probs(1000, 3),
 }
 # With the number of Triton kernels in each.
-KERNELS = {"columns": 2}
+KERNELS = dict.fromkeys(
+  ("columns", "step_bfloat16", "tree_float16", "tree_float32"), 2
+)
 TPU = {
   "attention_bfloat16_128": attention(attention_tpu, jnp.bfloat16, 128),
   "attention_bfloat16_64": attention(attention_tpu, jnp.bfloat16, 64, 64),

@@ -87,6 +87,6 @@ def test_bad_arguments_are_named():
     api.top_log_probs(logits, 0)
   with pytest.raises(ValueError, match=r"^logits must have an axis of tokens"):
     api.top_log_probs(jnp.float32(0.0), 1)
-  wide = jnp.zeros((1, 65_537))
-  with pytest.raises(NotImplementedError, match=r"got vocab_size=65537"):
+  wide = jnp.zeros((1, 32_769))
+  with pytest.raises(NotImplementedError, match=r"got vocab_size=32769"):
     api.top_log_probs(wide, 2, implementation="interpreted")

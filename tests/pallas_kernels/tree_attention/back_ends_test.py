@@ -50,8 +50,8 @@ SIZES = {
 }
 
 
-# Three tiles of keys at most for four programs.
-SPLIT = (16, 32, 4, 2, 4)
+# Three tiles of keys at most for four programs, and one for the tree.
+SPLIT = (16, 32, 4, 2, 5)
 # Tests of the same sizes share what is compiled.
 attend = jax.jit(
   api.tree_attention, static_argnames=("scale", "implementation")
@@ -196,10 +196,10 @@ def test_a_cache_of_another_dtype_is_read():
   ("capacity", "num_walks", "num_rows", "splits"),
   [
     (128, 2, 3, 1),  # nothing to share
-    (512, 2, 3, 4),
+    (512, 2, 3, 5),
     (512, 128, 3, 1),  # the batch fills the card
-    (131_072, 2, 192, 22),
-    (131_072, 1, 1, 32),
+    (131_072, 2, 192, 23),
+    (131_072, 1, 1, 33),
   ],
 )
 def test_programs_share_a_long_cache(capacity, num_walks, num_rows, splits):
