@@ -47,6 +47,6 @@ def top_log_probs(
     width,
     f"width <= {logits.shape[-1]}",
   )
-  if implementation is None:
+  if implementation is None:  # no card has measured "triton" yet
     implementation = dispatch.preferred("top_log_probs", "xla")
   return dispatch.dispatch(IMPLEMENTATIONS, implementation, logits, int(width))

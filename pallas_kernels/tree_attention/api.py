@@ -71,7 +71,7 @@ def tree_attention(
   checks.check_shape("tree_mask", tree_mask, axes, (batch, q_len, tree_len))
   checks.check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
   checks.check_scale(scale)
-  if implementation is None:
+  if implementation is None:  # no card has measured "triton" yet
     implementation = dispatch.preferred("tree_attention", "xla")
   return dispatch.dispatch(
     IMPLEMENTATIONS,
