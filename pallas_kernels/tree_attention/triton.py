@@ -124,7 +124,7 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
     head_dim: channels.
     itemsize: bytes of an element of q.
   """
-  # Compiled for 9.0, none of these spills a register.
+  # Compiled for 9.0 these spill nothing, but 380 bytes for float32 of 256.
   if itemsize == 4:  # exact float32 products have no matrix instruction
     most_rows, num_stages = 16, 1
     tile_keys = 32 if head_dim <= 64 else 16
