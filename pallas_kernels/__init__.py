@@ -1,4 +1,4 @@
-"""Kernels of attention, and of a likelihood: arrays in, arrays out.
+"""Kernels of attention, decoding and a likelihood: arrays in, arrays out.
 
 Each op is a folder with one public function; `implementation=` names the
 back end and the file that holds it.
@@ -18,3 +18,5 @@ from pallas_kernels.composite_scores import composite_scores as composite_scores
 from pallas_kernels.logistic_likelihood import (
   logistic_likelihood as logistic_likelihood,
 )
+from pallas_kernels.top_log_probs import top_log_probs as top_log_probs
+from pallas_kernels.tree_attention import tree_attention as tree_attention

@@ -1,5 +1,6 @@
 """Choice of a back end by name: the only place where an op falls through."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,47 @@ import jax
 from pallas_kernels import checks
 
 Implementation = str | Sequence[str] | None
+
+# Ops deep inside a decoding loop: no argument reaches them.
+PREFERABLE = ("top_log_probs", "tree_attention")
+# JAX keeps the value in the key of every compiled function.
+_preferences = jax.make_user_context(())
+
+
+def preferring(
+  **implementations: Implementation,
+) -> contextlib.AbstractContextManager[None]:
+  """Back ends that ops of `PREFERABLE` take where the caller names none.
+
+      with dispatch.preferring(tree_attention="triton"):
+        tokens = models.generate(...)
+
+  What was compiled outside the context is compiled anew inside, and found
+  again outside. Contexts nest; threads do not see one another's.
+
+  Args:
+    **implementations: op to back end, as its `implementation`; None: its own
+      default again.
+
+  Returns:
+    The context.
+
+  Raises:
+    ValueError: an unknown op. An unknown back end raises where it is called.
+  """
+  chosen = dict(_preferences.value)
+  for op, names in implementations.items():
+    checks.check_choice("op", op, PREFERABLE)
+    is_plain = names is None or isinstance(names, str)
+    chosen[op] = names if is_plain else tuple(names)
+  return _preferences(tuple(sorted(chosen.items())))
+
+
+def preferred(op: str, default: str) -> Implementation:
+  """What `preferring` names for an op, or the op's default."""
+  assert op in PREFERABLE, "an op that asks is listed"
+  names = dict(_preferences.value).get(op)
+  return default if names is None else names
 
 
 def platform_default(table: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ On a machine with neither. A change of JAX's API breaks a test here, not a user.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
 
 from pallas_kernels import ahead_of_time
 from pallas_kernels.block_selection import triton as selection_triton
@@ -22,6 +23,8 @@ from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
 from pallas_kernels.logistic_likelihood import triton as likelihood_triton
+from pallas_kernels.top_log_probs import triton as top_triton
+from pallas_kernels.tree_attention import triton as tree_triton
 
 LENGTH = 4096
 # JAX says of its Triton back end that it will go.
@@ -106,6 +109,20 @@ def likelihood(**settings):
   return fn, tuple(array(*x, dtype=jnp.float32) for x in shapes)
 
 
+def tree_attention(dtype, q_len, tree_len, capacity=512, head_dim=64):
+  cache = array(2, 2, capacity, head_dim, dtype=dtype)
+  tree = array(2, tree_len, 2, head_dim, dtype=dtype)
+  q = array(2, q_len, 6, head_dim, dtype=dtype)
+  mask = array(2, q_len, tree_len, dtype=jnp.bool_)
+  fn = functools.partial(tree_triton.tree_attention, scale=0.125)
+  return fn, (q, cache, cache, array(2), tree, tree, mask)
+
+
+def top_log_probs(vocab_size, width):
+  fn = functools.partial(top_triton.top_log_probs, width=width)
+  return fn, (array(2, 8, vocab_size, dtype=jnp.float32),)
+
+
 TRITON = {
   "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
@@ -117,9 +134,17 @@ TRITON = {
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
   "likelihood": likelihood(),
   "likelihood_ieee": likelihood(tile=(32, 32, 4, 2, 4), products="ieee"),
+  "step_bfloat16": tree_attention(jnp.bfloat16, 1, 1),
+  "step_short_cache": tree_attention(jnp.bfloat16, 1, 1, capacity=128),
+  "tree_float16": tree_attention(jnp.float16, 64, 64, head_dim=128),
+  "tree_float32": tree_attention(jnp.float32, 8, 80),
+  "top": top_log_probs(4096, 8),
+  "top_ragged": top_log_probs(1000, 3),
 }
 # With the number of Triton kernels in each.
-KERNELS = {"columns": 2}
+KERNELS = dict.fromkeys(
+  ("columns", "step_bfloat16", "tree_float16", "tree_float32"), 2
+)
 TPU = {
   "attention_bfloat16_128": attention(attention_tpu, jnp.bfloat16, 128),
   "attention_bfloat16_64": attention(attention_tpu, jnp.bfloat16, 64, 64),
@@ -135,13 +160,46 @@ TPU = {
 }
 
 
+def triton_modules(operation):
+  """Bytecode of every Triton kernel inside an operation."""
+  for region in operation.regions:
+    for inner in (x.operation for block in region for x in block):
+      yield from triton_modules(inner)
+      if "gpu.triton" in str(inner.attributes.get("call_target_name", "")):
+        yield inner.attributes["mhlo.backend_config"]["ir"].value_bytes
+
+
+def verify(module):
+  """Parses a module, which verifies it; JAX hands it to Triton unverified."""
+  with ir.Context() as context, ir.Location.unknown():
+    dialect.register_dialect(context)
+    ir.Module.parse(module)
+
+
 @pytest.mark.parametrize("capability", ahead_of_time.CARDS)
 @pytest.mark.parametrize("name", TRITON)
 def test_triton_kernel_lowers_for_cuda(name, capability):
   fn, shapes = TRITON[name]
-  text = ahead_of_time.lower_for_cuda(fn, shapes, capability).as_text()
-  calls = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)
-  assert len(calls) == KERNELS.get(name, 1)
+  lowered = ahead_of_time.lower_for_cuda(fn, shapes, capability)
+  modules = [*triton_modules(lowered.compiler_ir().operation)]
+  assert len(modules) == KERNELS.get(name, 1)
+  for module in modules:
+    verify(module)
+
+
+def test_a_module_that_triton_would_refuse_is_seen():
+  # What a loop up to jnp.where(..., 1, 0) lowers to in JAX 0.11.2.
+  loop = """
+    %from = arith.constant 0 : i32
+    %to = arith.constant 1 : {}
+    "scf.for"(%from, %to, %from) ({{
+    ^bb0(%index: i32):
+      scf.yield
+    }}) : (i32, {}, i32) -> ()
+  """
+  verify(loop.format("i32", "i32"))
+  with pytest.raises(ir.MLIRError, match=r"have same type"):
+    verify(loop.format("i1", "i1"))
 
 
 def test_triton_refuses_older_cards_and_other_devices():

@@ -6,6 +6,7 @@
 or, as a value that a model is given, `SparseAttention(pattern=UniSparse())`.
 """
 
+from pallas_kernels.tree_attention import tree_attention as tree_attention
 from unisparse_jax.attention import metrics as metrics
 from unisparse_jax.attention.attention_fn import AttentionFn as AttentionFn
 from unisparse_jax.attention.attention_fn import (
@@ -66,6 +67,3 @@ from unisparse_jax.attention.patterns.xattention import (
 from unisparse_jax.attention.selector import PATTERNS as PATTERNS
 from unisparse_jax.attention.selector import Pattern as Pattern
 from unisparse_jax.attention.selector import make_pattern as make_pattern
-from unisparse_jax.attention.tree_attention import (
-  tree_attention as tree_attention,
-)

@@ -24,9 +24,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative import tree
 
@@ -191,11 +191,7 @@ def top_children(
   logits: Float[Array, "... vocab_size"], width: int
 ) -> tuple[Int[Array, "... width"], Float[Array, "... width"]]:
   """The likeliest tokens and their log-probabilities, at most 0, float32."""
-  logits = logits.astype(jnp.float32)
-  top, tokens = lax.top_k(logits, width)
-  log_probs = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  # Rounding must not let a child beat its parent.
-  return tokens.astype(jnp.int32), jnp.minimum(log_probs, 0.0)
+  return pallas_kernels.top_log_probs(logits, width)
 
 
 def top_entropy(

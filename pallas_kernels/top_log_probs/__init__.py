@@ -1,0 +1,3 @@
+"""The likeliest few of many logits, with their log-probabilities."""
+
+from pallas_kernels.top_log_probs.api import top_log_probs as top_log_probs

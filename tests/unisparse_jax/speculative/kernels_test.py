@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain and speculative decoding on the Triton back ends of their ops."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.top_log_probs import api as top_api
+from pallas_kernels.top_log_probs import triton as top_triton
+from pallas_kernels.tree_attention import api as tree_api
+from pallas_kernels.tree_attention import triton as tree_triton
+from tests.unisparse_jax.speculative import conftest
+from unisparse_jax import models, speculative
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """Registers both kernels as "interpreted"; counts their calls by name."""
+  found = dict(tree_attention=0, top_log_probs=0)
+  # Two programs for the cache, one for the tree, and a merge.
+  tile = (16, 32, 4, 1, 3)
+  kernels = dict(
+    tree_attention=functools.partial(
+      tree_triton.tree_attention, tile=tile, interpret=True
+    ),
+    top_log_probs=functools.partial(top_triton.top_log_probs, interpret=True),
+  )
+
+  def counting(name):
+    def fn(*args, **kwargs):
+      found[name] += 1
+      return kernels[name](*args, **kwargs)
+
+    return fn
+
+  for name, api in (("tree_attention", tree_api), ("top_log_probs", top_api)):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreted", counting(name))
+  return found
+
+
+def test_greedy_tokens_are_those_of_xla(calls):
+  config = dataclasses.replace(conftest.CONFIG, head_dim=16)
+  target = conftest.make_model(0, config)
+  drafter = speculative.SmallDecoder(model=conftest.make_model(1, config))
+  prompts = np.asarray(
+    jax.random.randint(jax.random.key(0), (2, 9), 0, 24), np.int32
+  )
+  lengths = np.asarray([9, 3], np.int32)
+  expected = models.generate(
+    target, prompts, lengths=lengths, max_new_tokens=10
+  )
+  with dispatch.preferring(
+    tree_attention="interpreted", top_log_probs="interpreted"
+  ):
+    plain = models.generate(target, prompts, lengths=lengths, max_new_tokens=10)
+    assert calls == dict(tree_attention=2, top_log_probs=0)  # one a layer
+    drafted = speculative.generate(
+      target,
+      drafter,
+      prompts,
+      lengths=lengths,
+      max_new_tokens=10,
+      shape=speculative.TreeShape(
+        width=3, base_depth=2, max_depth=2, buckets=(7,)
+      ),
+    )
+  assert min(calls.values()) > 0
+  np.testing.assert_array_equal(plain, expected)
+  np.testing.assert_array_equal(drafted.tokens, expected)
