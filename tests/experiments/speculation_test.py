@@ -82,7 +82,9 @@ def test_calibrates_measures_and_resumes(
   data.build_cache(config.corpus, tokenizer, num_processes=1)
   run(monkeypatch, calibrate_speculation, config, tmp_path / "calibration")
   artefact = calibration.load(config.artefact)
-  assert {t.name for t in artefact.tables} == {"rule", "joint", "fixed_best"}
+  assert {t.name for t in artefact.tables} == {
+    *("rule", "joint", "thrifty", "fixed_best"),
+  }
   assert artefact.about["requests"] == 2
   found = records.read(tmp_path / "calibration" / "records.jsonl")
   policies = {r["policy"]: r for r in found if r["kind"] == "replay"}
