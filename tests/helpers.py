@@ -2,6 +2,23 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+# Of an op with a Triton kernel; a test adds "interpreted" to the op's own.
+TRITON_BACK_ENDS = (
+  "reference",
+  "xla",
+  "interpreted",
+  pytest.param(
+    "triton",
+    marks=[
+      pytest.mark.gpu,
+      pytest.mark.filterwarnings(
+        "ignore:The Pallas Triton backend:DeprecationWarning"
+      ),
+    ],
+  ),
+)
 
 
 def make_qkv(

@@ -35,11 +35,7 @@ def write(
     "Mean over domains",
     _table([r for r in speed if r["domain"] == summary.MEAN]),
   )
-  for number, (title, note, picture) in enumerate(
-    speculation_figures.all_figures(rows)
-  ):
-    (workdir / f"figure_{number}.png").write_bytes(picture)
-    page.picture(title, picture, note)
+  page.pictures(speculation_figures.all_figures(rows), workdir)
   for temperature, batch in dict.fromkeys(
     (r["temperature"], r["batch"]) for r in speed
   ):

@@ -77,6 +77,14 @@ class Page:
     image = f"<img alt='{escape(title)}' src='data:image/png;base64,{data}'>"
     self.section(title, image, note)
 
+  def pictures(
+    self, pictures: Iterable[tuple[str, str, bytes]], workdir: pathlib.Path
+  ):
+    """Sections of (title, note, PNG), which lie in WORKDIR/figure_N.png too."""
+    for number, (title, note, png) in enumerate(pictures):
+      (workdir / f"figure_{number}.png").write_bytes(png)
+      self.picture(title, png, note)
+
   def circumstances(self, record: Mapping[str, Any]):
     """Settings and environment of a record, as JSON."""
     environment = {name: record[name] for name in _ENVIRONMENT}

@@ -97,9 +97,8 @@ def held_out_code(
     workdir: the tokens are kept under it.
   """
   held_out, train = _standard_library()
-  return _tokenised(
-    model, workdir / "corpus", [*held_out, *train[:_NUM_OTHER_FILES]]
-  )["held_out"]
+  found = [*held_out, *train[:_NUM_OTHER_FILES]]
+  return _tokenised(model, workdir / "corpus", found, "held_out")
 
 
 def training_code(
@@ -113,9 +112,8 @@ def training_code(
   """
   held_out, train = _standard_library()
   train = train[:: max(1, len(train) // _NUM_TRAIN_FILES)]
-  return _tokenised(
-    model, workdir / "training_code", [*held_out[:_NUM_OTHER_FILES], *train]
-  )["train"]
+  found = [*held_out[:_NUM_OTHER_FILES], *train]
+  return _tokenised(model, workdir / "training_code", found, "train")
 
 
 def _standard_library() -> tuple[list[sources.Source], list[sources.Source]]:
@@ -125,12 +123,10 @@ def _standard_library() -> tuple[list[sources.Source], list[sources.Source]]:
   return held_out, [source for source in found if not source.held_out]
 
 
-def _tokenised(model, folder, found) -> dict[str, data.CodeCorpus]:
+def _tokenised(model, folder, found, split: str) -> data.CodeCorpus:
   tokenizer = data.Tokenizer.load(model / "tokenizer.json")
   data.build_cache(folder, tokenizer, found=found, num_processes=1)
-  return {
-    split: data.CodeCorpus(folder, split) for split in ("train", "held_out")
-  }
+  return data.CodeCorpus(folder, split)
 
 
 def draw_samples(

@@ -194,9 +194,7 @@ def write(
   pictures = vision_attention_figures.all_figures(
     config, records, rows, workdir
   )
-  for number, (title, note, picture) in enumerate(pictures):
-    (workdir / f"figure_{number}.png").write_bytes(picture)
-    page.picture(title, picture, note)
+  page.pictures(pictures, workdir)
   page.section("All points", _html_table(rows), _TABLE)
   page.circumstances(last)
   return page.write(workdir / "report.html")

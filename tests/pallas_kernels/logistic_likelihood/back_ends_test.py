@@ -9,24 +9,11 @@ import pytest
 import scipy.special
 
 from pallas_kernels.logistic_likelihood import api, triton
+from tests import helpers
 from unisparse_jax.mcmc import targets
 
 # rows, dim, chains: whole tiles, and none of them whole.
 SHAPES = {"whole": (64, 16, 64), "ragged": (150, 31, 70), "few": (5, 1, 3)}
-BACK_ENDS = (
-  "reference",
-  "xla",
-  "interpreted",
-  pytest.param(
-    "triton",
-    marks=[
-      pytest.mark.gpu,
-      pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend:DeprecationWarning"
-      ),
-    ],
-  ),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +37,7 @@ def in_float64(signed, positions):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_value_and_gradient(implementation, name):
   case = make_case(*SHAPES[name])
   found = api.logistic_likelihood(*case, implementation=implementation)
@@ -70,7 +57,7 @@ def test_programs_share_the_rows(splits):
     np.testing.assert_allclose(got / scale, expected / scale, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_large_logits_stay_finite(implementation):
   case = make_case(20, 4, 8, scale=1e4)
   found = api.logistic_likelihood(*case, implementation=implementation)

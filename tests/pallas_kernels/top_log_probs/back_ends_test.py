@@ -8,21 +8,7 @@ import pytest
 import scipy.special
 
 from pallas_kernels.top_log_probs import api, triton
-
-BACK_ENDS = (
-  "reference",
-  "xla",
-  "interpreted",
-  pytest.param(
-    "triton",
-    marks=[
-      pytest.mark.gpu,
-      pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend:DeprecationWarning"
-      ),
-    ],
-  ),
-)
+from tests import helpers
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +40,7 @@ def check(logits, width, implementation):
   ("shape", "width"),
   [((2, 3, 4096), 8), ((5, 1000), 3), ((17,), 17), ((1, 1), 1)],
 )
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_equals_numpy(implementation, shape, width):
   rng = np.random.default_rng(0)
   logits = 3 * rng.standard_normal(shape).astype(np.float32)
@@ -62,14 +48,14 @@ def test_equals_numpy(implementation, shape, width):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_lower_of_equals_comes_first(implementation, dtype):
   rng = np.random.default_rng(1)
   logits = rng.integers(0, 4, (6, 200))  # some 50 of each value
   check(jnp.asarray(logits, dtype), 80, implementation)
 
 
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_impossible_tokens_come_last_and_once_each(implementation):
   logits = np.full((2, 40), -np.inf, np.float32)
   logits[0, [3, 7]] = 1.0, 2.0

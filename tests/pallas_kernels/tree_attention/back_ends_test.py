@@ -11,20 +11,6 @@ import pytest
 from pallas_kernels.tree_attention import api, triton
 from tests import helpers
 
-BACK_ENDS = (
-  "reference",
-  "xla",
-  "interpreted",
-  pytest.param(
-    "triton",
-    marks=[
-      pytest.mark.gpu,
-      pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend:DeprecationWarning"
-      ),
-    ],
-  ),
-)
 # Measured at most 1.4e-7, 2.3e-3 and 3.2e-4 on a CPU; the reference: 1.4e-7,
 # 1.7e-3 and 2.1e-4, the rounding of what it returns.
 TOLERANCE = {"float32": 5e-7, "bfloat16": 6e-3, "float16": 1e-3}
@@ -126,7 +112,7 @@ def in_float64(case, *, scale=None):
     ("scratch", "float32"),
   ],
 )
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_equals_float64(implementation, name, dtype):
   sizes = SIZES[name]
   case = make_case(sizes, dtype)
@@ -140,7 +126,7 @@ def test_equals_float64(implementation, name, dtype):
   ("name", "dtype"), [("step", "bfloat16"), ("tree", "float32")]
 )
 @pytest.mark.parametrize(
-  "implementation", ["interpreted_splits", BACK_ENDS[-1]]
+  "implementation", ["interpreted_splits", helpers.TRITON_BACK_ENDS[-1]]
 )
 def test_more_programs_than_tiles_of_keys(
   implementation, name, dtype, monkeypatch
@@ -154,7 +140,7 @@ def test_more_programs_than_tiles_of_keys(
   assert error <= TOLERANCE[dtype], error
 
 
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_one_slot_more_is_seen(implementation):
   case = make_case(SIZES["step"], "bfloat16")
   expected = in_float64(case)
@@ -163,7 +149,7 @@ def test_one_slot_more_is_seen(implementation):
   assert helpers.relative_error(out, expected) > TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_large_logits(implementation):
   case = make_case(SIZES["step"], factor=1e4)
   out = attend(**case, implementation=implementation)
@@ -171,7 +157,7 @@ def test_large_logits(implementation):
   assert helpers.relative_error(out, in_float64(case)) <= 2e-3
 
 
-@pytest.mark.parametrize("implementation", BACK_ENDS[2:])
+@pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS[2:])
 def test_slots_past_the_end_are_not_read(implementation):
   case = make_case(SIZES["step"])
   expected = attend(**case, implementation=implementation)

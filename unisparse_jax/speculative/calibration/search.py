@@ -130,14 +130,7 @@ def by_bin(
     seed: of the simulated batches.
   """
   times = arms.times(costs)
-  counts = np.bincount(bins, minlength=num_bins).astype(np.float64)
-  sums = np.stack(
-    [
-      np.bincount(bins, weights=arms.tokens[:, a], minlength=num_bins)
-      for a in range(len(arms.arms))
-    ],
-    axis=1,
-  )
+  counts, sums = _totals(arms, bins, num_bins)
   single = int(np.argmax(arms.tokens.mean(axis=0) / times))
   table = np.full(num_bins, single)
   rate = float(arms.tokens[:, single].mean() / times[single])
@@ -176,14 +169,7 @@ def fewest_nodes(
       that brings most.
   """
   sizes = np.array([n for _, n in arms.arms]) + 1.0
-  counts = np.bincount(bins, minlength=num_bins).astype(np.float64)
-  sums = np.stack(
-    [
-      np.bincount(bins, weights=arms.tokens[:, a], minlength=num_bins)
-      for a in range(len(arms.arms))
-    ],
-    axis=1,
-  )
+  counts, sums = _totals(arms, bins, num_bins)
 
   def table_at(price):
     gain = sums - price * counts[:, None] * sizes[None, :]
@@ -201,6 +187,19 @@ def fewest_nodes(
     else:
       high = middle
   return evaluate(arms, bins, costs, table_at(low))
+
+
+def _totals(arms, bins, num_bins) -> tuple[np.ndarray, np.ndarray]:
+  """Steps of each bin, and what every arm brings in them: [bins, arms]."""
+  counts = np.bincount(bins, minlength=num_bins).astype(np.float64)
+  sums = np.stack(
+    [
+      np.bincount(bins, weights=arms.tokens[:, a], minlength=num_bins)
+      for a in range(len(arms.arms))
+    ],
+    axis=1,
+  )
+  return counts, sums
 
 
 def evaluate(
