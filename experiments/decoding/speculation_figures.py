@@ -12,7 +12,8 @@ from experiments.prefill import figures
 
 _COLOURS = (
   "#0969da", "#d1622b", "#2a8a4a", "#8250df", "#b8860b", "#c2255c", "#0e7490",
-  "#5b6472", "#a0a8b4", "#6b4f1d", "#1b7f79", "#94398d",
+  "#5b6472", "#a0a8b4", "#6b4f1d", "#1b7f79", "#94398d", "#e85aad", "#7cb518",
+  "#3d405b",
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def all_figures(
 
 
 def _colour(method: str) -> str:
-  return _COLOURS[config_lib.METHODS.index(method) % len(_COLOURS)]
+  return _COLOURS[config_lib.METHODS.index(method)]
 
 
 def _by_batch(rows) -> bytes:
