@@ -37,18 +37,20 @@ def get_config():
   config.artefact = "out/calibration/policy.json"
   # A quarter of the steps accept nothing and a sixth all of ten levels: hence
   # few levels before the policy is asked, and many after.
-  config.shape = dict(width=8, base_depth=4, max_depth=16, buckets=(1, 16, 64))
+  config.shape = dict(
+    width=8, base_depth=4, max_depth=16, level_block=4, buckets=(16, 64)
+  )
   # Rows of these batches share one verification of so many nodes. Every size is
   # one more copy of the target to compile.
-  config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))
-  config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
+  config.packed = ((16, 256, 1024), (64, 1024, 4096))
+  config.chain_shape = dict(width=1, base_depth=10, buckets=(16,))
   config.combined_shape = dict(
-    width=8, base_depth=4, max_depth=20, buckets=(1, 32, 64)
+    width=8, base_depth=4, max_depth=20, level_block=4, buckets=(32, 64)
   )
   config.combined_nodes = 31
   config.combined_cost = 1.7
   config.static_shape = dict(
-    width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
+    width=8, base_depth=5, buckets=(32,), static_levels=_STATIC
   )
   config.calibration = dict(
     prompts=32,
