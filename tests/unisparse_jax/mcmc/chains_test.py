@@ -53,7 +53,7 @@ def run(target, num_chains, num_steps, step_size, *, seed=0, **more):
       num_steps,
       parameters=(gamma, a),
       collector=variates.collector,
-      carry=variates.init(state.position),
+      carry=variates.init(state.position, num_folds=2),
       collector_parameters=(poisson.Reference(gamma, mean, a),),
       **more,
     )
@@ -86,7 +86,7 @@ def test_the_stream_is_the_stored_chain(x64):
     60,
     parameters=(jnp.float64(0.8), a),
     collector=variates.collector,
-    carry=variates.init(start),
+    carry=variates.init(start, products_of_terms=True),
     collector_parameters=(reference,),
     batch_size=10,
     trace=lambda state, info: info,
@@ -140,7 +140,7 @@ def test_terms_of_a_million_steps_have_mean_zero(x64):
   a = preconditioner.diagonal(np.array([1.3]))
   gamma = jnp.float64(0.6)
   start = jnp.full((4000, 1), -0.5)
-  empty = variates.init(start, products_of_terms=False)
+  empty = variates.init(start)
   result = base.run_chains(
     jax.random.key(3),
     base.bind(KERNEL, forced.skewed),
