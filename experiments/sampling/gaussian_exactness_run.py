@@ -65,6 +65,8 @@ class _Problem(NamedTuple):
   rest: tuple
   reference: Callable  # step_size -> poisson.Reference
   hooks: dict
+  mean: Any
+  spread: Any
 
 
 def measure(row: Row, seed: int) -> Iterator[dict]:
@@ -77,7 +79,7 @@ def measure(row: Row, seed: int) -> Iterator[dict]:
     latent = row.sampler == "gi_latent_gaussian"
     build = _latent if latent else _general
     problem = build(row, mean, covariance, dtype)
-    functions = _functions(row.dim, mean, covariance)
+    functions = _functions(problem.mean, problem.spread)
     terms = mcmc.control_variates.poisson_terms(
       functions, score=row.sampler != "gi_rwm", **problem.hooks
     )
@@ -116,13 +118,11 @@ def _spread(carry) -> dict:
   }
 
 
-def _functions(dim, mean, covariance):
+def _functions(mean, spread):
   """Linear, square, product, exponential and tail functions."""
-  rng = np.random.default_rng(0)
-  spread = np.sqrt(np.diag(covariance))
+  rng, dim = np.random.default_rng(0), len(mean)
   directions = rng.standard_normal((2, dim)) / spread / np.sqrt(dim)
   bounds = mean[:2] + np.array([0.5, -1.0]) * spread[:2]
-  # e^(t.x) about the mean: its scale cancels in what is measured.
   return (
     mcmc.poisson.Linear(),
     mcmc.poisson.Square(),
@@ -156,6 +156,7 @@ def _general(row, mean, covariance, dtype):
     "gi_hessian_mala": coordinates,
   }[row.sampler]
   mean_ = jnp.asarray(mean, dtype)
+  assert target.sample is not None  # A Gaussian has exact draws.
   return _Problem(
     sampler.build_kernel(),
     target.logdensity_fn,
@@ -164,6 +165,8 @@ def _general(row, mean, covariance, dtype):
     rest,
     lambda gamma: mcmc.poisson.Reference(gamma, mean_, a),
     hooks,
+    mean,
+    np.sqrt(np.diag(covariance)),
   )
 
 
@@ -190,4 +193,6 @@ def _latent(row, data, matrix, dtype):
       covariance_fn=sampler.proposal_covariance,
       precond_grad_fn=sampler.reference_precond_grad,
     ),
+    np.asarray(mean, np.float64),
+    np.sqrt(np.asarray(exact.diagonal(), np.float64)),
   )

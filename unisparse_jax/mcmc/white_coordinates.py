@@ -84,13 +84,15 @@ def whitened(target: targets.Target, mean: Any, covariance: Any) -> WhiteTarget:
   Raises:
     ValueError: no `along`, or a covariance that is none of that size.
   """
+  along = target.along
   checks.require(
-    target.along is not None,
+    along is not None,
     "target",
     "give its log-density in other coordinates",
     target.name,
     "targets.Target(along=...)",
   )
+  assert along is not None  # For type checkers.
   dim, dtype = target.dim, target.start.dtype
   mean64 = np.asarray(mean, np.float64)
   covariance64 = np.asarray(covariance, np.float64)
@@ -100,25 +102,26 @@ def whitened(target: targets.Target, mean: Any, covariance: Any) -> WhiteTarget:
   value, vector = np.linalg.eigh(covariance64)
   vector = preconditioner.orthonormal(vector)
   root = vector * np.sqrt(value)
+  centre = jnp.asarray(mean64, dtype)
   sample = None
   if target.sample is not None:
     back = jnp.asarray((vector / np.sqrt(value)).T, dtype)
-    centre = jnp.asarray(mean64, dtype)
-    draw = target.sample
-
-    def sample(rng_key, num_draws):
-      return (draw(rng_key, num_draws) - centre[None]) @ back.T
-
+    sample = _white_draws(target.sample, centre, back)
   return WhiteTarget(
     name=target.name,
     dim=dim,
-    logdensity_fn=target.along(mean64, root),
+    logdensity_fn=along(mean64, root),
     start=jnp.zeros((dim,), dtype),
-    coordinates=Coordinates(
-      jnp.asarray(mean64, dtype), jnp.asarray(root, dtype)
-    ),
+    coordinates=Coordinates(centre, jnp.asarray(root, dtype)),
     preconditioner=preconditioner.Eigen(
       jnp.asarray(vector, dtype), jnp.asarray(value, dtype)
     ),
     sample=sample,
   )
+
+
+def _white_draws(sample, centre, back):
+  def draws(rng_key, num_draws):
+    return (sample(rng_key, num_draws) - centre[None]) @ back.T
+
+  return draws
