@@ -177,9 +177,13 @@ def flush(accumulator: Accumulator) -> Accumulator:
   kept = shift[: accumulator.batch_products.shape[0]]
   products = accumulator.batch_products - count * kept[:, None] * kept[None]
   mean = accumulator.centre + shift
-  # What the rounding of the sum above lost.
-  mean_low = shift - (mean - accumulator.centre)
-  steps = merge_moments(
+  # What the rounding of the sum above lost; in float64 nothing is made of it.
+  mean_low = jnp.zeros_like(mean)
+  if mean.dtype != jnp.float64:
+    mean_low = shift - (mean - accumulator.centre)
+  # Exact without the choices of `merge_moments`: means of nothing are 0, and a
+  # batch of no steps has weight 0.
+  steps = _merged(
     accumulator.steps,
     Moments(count, mean, mean_low, products, jnp.zeros_like(products)),
   )
@@ -250,6 +254,18 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   Source: Chan, Golub, LeVeque (1979), updating formulae for sample variances;
   additions are compensated by the exact error of a rounded sum (Knuth).
   """
+  # An empty side must leave the other bit for bit as it was.
+  return jax.tree.map(
+    lambda x, y, both: jnp.where(
+      b.count == 0, x, jnp.where(a.count == 0, y, both)
+    ),
+    a,
+    b,
+    _merged(a, b),
+  )
+
+
+def _merged(a, b):
   count = a.count + b.count
   share = b.count / jnp.maximum(count, 1)
   delta = (b.mean - a.mean) + (b.mean_low - a.mean_low)
@@ -259,15 +275,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   products, products_low = _add(
     a.products, b.products + between, a.products_low + b.products_low
   )
-  # An empty side must leave the other bit for bit as it was.
-  return jax.tree.map(
-    lambda x, y, both: jnp.where(
-      b.count == 0, x, jnp.where(a.count == 0, y, both)
-    ),
-    a,
-    b,
-    Moments(count, mean, mean_low, products, products_low),
-  )
+  return Moments(count, mean, mean_low, products, products_low)
 
 
 def _merge_one(moments, weight, mean, mean_low):

@@ -13,8 +13,11 @@ step, each made of one or two vectors:
 (m and A of the reference, S the diagonal of the proposal's covariance, c and d
 the accumulator's centres.) So those are summed, and the rows made of them once
 a batch. Summing the eight rows and two squares themselves took 17.9 us of a
-step of 262 us (CPU, 100 chains of 31 coefficients, float64), these nine 8 us;
-for x_j alone 9 and 4 us.
+step of 262 us (CPU, 100 chains of 31 coefficients, float64, batches of 50
+steps); these nine take 12 to 14, of which 9 are the sums and the rest is the
+beginning and the end of a batch. (Without S and diag A, without the centres or
+without the choice in `Step.taken`: 0 to 0.3 us less. Bodies of 4 steps in place
+of 2: 1 us more.)
 
 Functions of other families, and products of rows, are summed as they are.
 """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from unisparse_jax.mcmc import (
   base,
   control_variates,
+  covariances,
   estimates,
   gi_latent_gaussian,
   latent_targets,
@@ -35,6 +37,17 @@ def test_gp_classification(x64):
   np.testing.assert_allclose(
     target.matrix[0, 1], 2 * np.exp(-distance / 2 / 10), rtol=1e-10
   )
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (3, 1), (1, 6), (6, 6)])
+def test_hartley_is_cos_plus_sin(shape, x64):
+  torus = covariances.circulant(*shape, lambda i, j: np.exp(-i - j))
+  vector = jax.random.normal(jax.random.key(0), (math.prod(shape),))
+  full = np.fft.fft2(np.asarray(vector).reshape(shape))
+  expected = (full.real - full.imag).ravel() / math.sqrt(vector.size)
+  found = torus.to_eigen(vector)
+  np.testing.assert_allclose(found, expected, atol=1e-13)
+  np.testing.assert_allclose(torus.from_eigen(found), vector, atol=1e-13)
 
 
 def test_the_torus_holds_the_grid(x64):
