@@ -108,6 +108,7 @@ def adapt_step_size(
   checks.check_open_interval("start", start, 0, 2)
   checks.check_open_interval("target_acceptance", target_acceptance, 0, 1)
   rng_keys = base.chain_keys(rng_key, base.check_num_chains(state))
+  base.check_parameters(step, state, (start, *rest))
   return _adapt(
     rng_keys,
     step,

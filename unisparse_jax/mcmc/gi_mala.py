@@ -69,7 +69,12 @@ def build_kernel() -> base.TwoPhase:
     depends on step_size or A is kept between steps.
   """
 
-  return base.TwoPhase(_draw, _move)
+  return base.TwoPhase(_draw, _move, check=_check)
+
+
+def _check(state, step_size, preconditioner):
+  checks.check_open_interval("step_size", step_size, 0, 2)
+  preconditioners.check_size(preconditioner, base.dim_of_chains(state))
 
 
 class _Noise(NamedTuple):
