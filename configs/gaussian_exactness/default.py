@@ -3,8 +3,10 @@
 
 Run:     python -m experiments.gaussian_exactness
            --config=configs/gaussian_exactness/default.py --workdir=out/exact
-Device:  2 CPU cores, about four minutes.
-Expect:  results/gaussian_exactness_cpu.jsonl.
+Device:  2 CPU cores, about eight minutes.
+Expect:  results/gaussian_exactness_cpu.jsonl: log ratios below 6.5e-12 in
+         float64, 1.7e-5 in float32 in white coordinates (in x 2e-3 for samplers
+         with a gradient, 9e-5 for gi_latent_gaussian).
 """
 
 import ml_collections

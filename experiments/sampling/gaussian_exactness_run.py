@@ -112,7 +112,6 @@ def _spread(carry) -> dict:
   sd = np.sqrt(found.variance)
   relative = found.chain_means.std(0) / sd
   return {
-    "relative_sd": relative.tolist(),
     "max_relative_sd": float(relative.max()),
     "min_plain_relative_sd": float((found.plain_chain_means.std(0) / sd).min()),
   }
