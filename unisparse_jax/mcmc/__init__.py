@@ -40,6 +40,7 @@ from unisparse_jax.mcmc import poisson as poisson
 from unisparse_jax.mcmc import preconditioner as preconditioner
 from unisparse_jax.mcmc import proposal_fits as proposal_fits
 from unisparse_jax.mcmc import proposals as proposals
+from unisparse_jax.mcmc import smooth_functions as smooth_functions
 from unisparse_jax.mcmc import summary as summary
 from unisparse_jax.mcmc import targets as targets
 from unisparse_jax.mcmc import white_coordinates as white_coordinates

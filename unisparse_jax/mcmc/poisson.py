@@ -311,9 +311,6 @@ def indicator(
   )
 
 
-FAMILIES = (Linear, Square, Product, Ridge)
-
-
 def check_functions(functions: Any) -> tuple:
   """A tuple of test functions.
 
@@ -333,8 +330,8 @@ def check_functions(functions: Any) -> tuple:
       "functions",
       "have a known Poisson solution",
       function,
-      "poisson.Linear, Square, Product, exponential, indicator, or Ridge with "
-      "the function's Gaussian smoothing",
+      "poisson.Linear, Square, Product, exponential, indicator, or Ridge or "
+      "smooth_functions.Smooth with the function's Gaussian smoothing",
     )
   return functions
 

@@ -466,6 +466,19 @@ def test_adaptation_lands_on_its_target(x64):
     adaptation.warm_up(jax.random.key(0), step, state, flat, kind="full")
 
 
+def test_adaptation_leaves_noise_where_everything_is_accepted():
+  # On a Gaussian no step_size lands on the target: it grows to its bound.
+  a = preconditioner.identity(2, jnp.float32)
+  step = base.bind(KERNEL, lambda x: -0.5 * jnp.sum(x**2))
+  state = jax.vmap(lambda x: gi_mala.init(x, lambda y: -0.5 * jnp.sum(y**2)))(
+    jnp.ones((4, 2))
+  )
+  window = adaptation.adapt_step_size(
+    jax.random.key(0), step, state, 300, rest=(a,), target_acceptance=0.5
+  )
+  np.testing.assert_allclose(window.step_size, 1.99, rtol=1e-5)
+
+
 def test_other_directions_and_thresholds_do_not_compile_again(x64):
   target = targets.student_t(8.0, dim=2)
   a = preconditioner.identity(2)
