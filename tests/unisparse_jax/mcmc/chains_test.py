@@ -466,9 +466,9 @@ def test_adaptation_lands_on_its_target(x64):
     adaptation.warm_up(jax.random.key(0), step, state, flat, kind="full")
 
 
-def test_adaptation_leaves_noise_where_everything_is_accepted():
+def test_adaptation_leaves_noise_where_everything_is_accepted(x64):
   # On a Gaussian no step_size lands on the target: it grows to its bound.
-  a = preconditioner.identity(2, jnp.float32)
+  a = preconditioner.identity(2)
   step = base.bind(KERNEL, lambda x: -0.5 * jnp.sum(x**2))
   state = jax.vmap(lambda x: gi_mala.init(x, lambda y: -0.5 * jnp.sum(y**2)))(
     jnp.ones((4, 2))
