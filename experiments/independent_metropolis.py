@@ -11,13 +11,12 @@ measurement; the same command goes on where an earlier one stopped.
 """
 
 import dataclasses
-import pathlib
 import time
 
 import jax
 from absl import app
 
-from experiments.frame import flags_and_configs
+from experiments.frame import flags_and_configs, runs
 from experiments.sampling import (
   imh_evidence,
   imh_posteriors,
@@ -25,7 +24,6 @@ from experiments.sampling import (
   imh_targets,
   imh_throughput,
 )
-from unisparse_jax import records
 
 _CONFIG, _WORKDIR = flags_and_configs.define()
 
@@ -69,20 +67,16 @@ def main(argv):
   settings = flags_and_configs.to_dataclass(
     Settings, _CONFIG.value, name="config"
   )
-  workdir = records.claim_workdir(_WORKDIR.value, settings)
-  flags_and_configs.start_jax(workdir)
-  file = workdir / "records.jsonl"
+  run = runs.begin(_WORKDIR.value, settings)
   with jax.enable_x64(settings.throughput is None):
-    run(settings, file)
-  imh_tables.show(records.read(file))
+    measure(settings, run)
+  imh_tables.show(run.found())
 
 
-def run(settings: Settings, file: pathlib.Path):
+def measure(settings: Settings, run: runs.Run):
   """Takes what is not recorded yet."""
-  found = records.read(file) if file.exists() else []
   # A case is done when its last record is there: they are written together.
-  done = {(record["kind"], record["case"]) for record in found}
-  writer = records.RecordWriter(file, {"seed": settings.seed})
+  done = {(record["kind"], record["case"]) for record in run.found()}
 
   def take(kind, case, rows):
     if (kind, case) in done:
@@ -91,7 +85,7 @@ def run(settings: Settings, file: pathlib.Path):
     rows = list(rows())
     seconds = time.perf_counter() - began
     for method, label, values in rows:
-      writer.write(
+      run.writer.write(
         kind=kind, case=case, method=method, fit=label, **values,
         case_seconds=seconds,
       )  # fmt: skip

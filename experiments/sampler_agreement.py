@@ -80,7 +80,7 @@ def compare(name: str, settings: Settings) -> dict:
     settings.num_steps,
     parameters=(warm.step_size, *problem.rest),
     collector=variates.collector,
-    carry=variates.init(warm.state.position, products_of_terms=False),
+    carry=variates.init(warm.state.position),
     collector_parameters=(problem.reference(warm.step_size),),
     batch_size=50,
   )

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effective sample sizes of our samplers and their peers, per second too."""
+"""Effective sample sizes of our samplers and their peers, per second too.
+
+Writes WORKDIR/records.jsonl, a line a sampler, and for each row of the config a
+picture of traces and autocorrelations; the same command goes on where an
+earlier one stopped. Your own data: --config.rows[0].target=FILE.csv, a table
+of numbers with a header whose last column is the label, 0 or 1.
+"""
 
 import dataclasses
 
@@ -47,7 +53,7 @@ def main(argv):
         f"{row.target} {name}: {measured['min_ess_per_second']:.4g}"
       )
     traces = [chain for _, chain in results]
-    mcmc_figures.chains(traces, missing, run.workdir)
+    mcmc_figures.chains(traces, missing, run.workdir / f"chains_{number}.png")
   console.print(table(run.found()))
 
 

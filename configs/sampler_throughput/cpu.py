@@ -16,6 +16,7 @@ def get_config():
   config.target = "breast_cancer"
   config.num_chains = 100
   config.num_steps = 200
+  config.batch_size = 100
   config.nuts_steps = 100
   config.repeats = 25
   config.dtype = "float64"

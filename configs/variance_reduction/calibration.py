@@ -4,7 +4,7 @@
 Run:     python -m experiments.variance_reduction
            --config=configs/variance_reduction/calibration.py --workdir=out/cal
 Device:  2 CPU cores, about two minutes.
-Expect:  results/calibration_cpu.jsonl.
+Expect:  results/variance_reduction_calibration_cpu.jsonl.
 """
 
 import ml_collections

@@ -47,13 +47,13 @@ def factors(found: list[dict], folder: pathlib.Path) -> pathlib.Path | None:
   return _save(figure, folder / "factors.png")
 
 
-def chains(trace, names, folder: pathlib.Path) -> pathlib.Path:
+def chains(trace, names, file: pathlib.Path) -> pathlib.Path:
   """Traces and autocorrelation of one coordinate for several samplers.
 
   Args:
     trace: one [num_steps] array for each sampler.
     names: of the samplers.
-    folder: where `chains.png` goes.
+    file: that is written.
   """
   figure, axes = plt.subplots(
     len(names), 2, figsize=(9, 1.6 * len(names)), squeeze=False
@@ -66,7 +66,7 @@ def chains(trace, names, folder: pathlib.Path) -> pathlib.Path:
     axes[row, 1].axhline(0, color="grey", linewidth=0.7)
   axes[-1, 0].set_xlabel("step")
   axes[-1, 1].set_xlabel("lag")
-  return _save(figure, folder / "chains.png")
+  return _save(figure, file)
 
 
 def calibration(found: list[dict], folder: pathlib.Path) -> pathlib.Path | None:

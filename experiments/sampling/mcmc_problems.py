@@ -83,6 +83,7 @@ def make(name: str, dtype: Any = None) -> Problem:
 
   Args:
     name: data of `labelled` for logistic regression with a N(0, 1) prior;
+      "gaussian:DIM:CONDITION"; "student_t:DEGREES:DIM";
       "gp:DATA:ROWS" for Gaussian process classification of that many rows;
       "cox:SIDE" or "cox_dense:SIDE"; "gp_regression:ROWS".
     dtype: of the computations.
@@ -111,21 +112,39 @@ def make(name: str, dtype: Any = None) -> Problem:
       int(more), embedding=embedding, dtype=dtype
     )
     return _latent(name, target)
-  features, labels = labelled(name)
-  target = mcmc.targets.logistic_regression(
-    features, labels, dtype=dtype, name=name
-  )
+  if kind == "gaussian":
+    dim, condition = more.split(":")
+    rng = np.random.default_rng(0)
+    covariance = mcmc.targets.random_covariance(rng, int(dim), float(condition))
+    target = mcmc.targets.gaussian(
+      rng.standard_normal(int(dim)), covariance, dtype=dtype, name=name
+    )
+    a = mcmc.preconditioner.eigen(covariance, target.start.dtype)
+    return _general(name, target, target.start, a)
+  if kind == "student_t":
+    degrees, dim = more.split(":")
+    target = mcmc.targets.student_t(float(degrees), int(dim), dtype=dtype)
+  else:
+    features, labels = labelled(name)
+    target = mcmc.targets.logistic_regression(
+      features, labels, dtype=dtype, name=name
+    )
   found = mcmc.laplace.laplace(target.logdensity_fn, target.start)
   if not bool(found.is_converged):
     raise ValueError(
       f"target must have a mode that Newton's method finds; got name={name}."
     )
   a = mcmc.preconditioner.dense(found.covariance)
+  return _general(name, target, found.mean, a)
+
+
+def _general(name, target, mean, a) -> Problem:
+  """With GI-MALA, from a guess of the mean and the covariance."""
 
   def start(rng_key, num_chains):
     shape = (num_chains, target.dim)
-    white = jax.random.normal(rng_key, shape, found.mean.dtype)
-    return found.mean[None] + jax.vmap(a.root)(white)
+    white = jax.random.normal(rng_key, shape, mean.dtype)
+    return mean[None] + jax.vmap(a.root)(white)
 
   return Problem(
     name=name,
@@ -134,7 +153,7 @@ def make(name: str, dtype: Any = None) -> Problem:
     init=lambda x: mcmc.gi_mala.init(x, target.logdensity_fn),
     rest=(a,),
     start=start,
-    reference=lambda gamma: mcmc.poisson.Reference(gamma, found.mean, a),
+    reference=lambda gamma: mcmc.poisson.Reference(gamma, mean, a),
     hooks={},
   )
 

@@ -281,7 +281,7 @@ def ours(problems: dict, settings: Settings, acceptance: float):
     variates = mcmc.control_variates.poisson_terms(functions)
     collected[name] = dict(
       collector=variates.collector,
-      carry=variates.init(warm.state.position, products_of_terms=False),
+      carry=variates.init(warm.state.position),
       collector_parameters=(problem.reference(warm.step_size),),
     )
 

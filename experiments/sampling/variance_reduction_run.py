@@ -60,7 +60,9 @@ def measure(row: Row, *, seed: int, dtype: Any):
   state = jax.vmap(problem.init)(problem.start(keys[0], row.num_chains))
   warm, problem = warm_up(row, problem, keys[1], state)
   positions = warm.state.position
-  collector, carry = variates.collector, variates.init(positions)
+  # Least squares are among the methods, and single chains are calibrated.
+  collector = variates.collector
+  carry = variates.init(positions, products_of_terms=True, num_folds=2)
   if row.polynomial:
     baseline = mcmc.control_variates.polynomial_terms(
       functions, problem.target.dim, order=row.polynomial

@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampler experiments on their smoke configs."""
 
+import dataclasses
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.sampling import mcmc_figures
-from unisparse_jax import records
+from experiments import gaussian_exactness
+from experiments.frame import flags_and_configs
+from experiments.sampling import (
+  gaussian_exactness_run,
+  mcmc_figures,
+  mcmc_peers,
+  mcmc_problems,
+)
+from unisparse_jax import mcmc, records
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -57,7 +68,8 @@ def test_sampler_efficiency(tmp_path):
   assert ("gp:diabetes:20", "mgrad_gaussian") in names
   assert all(r["min_ess_per_second"] > 0 for r in found)
   assert "cox:4" in out
-  assert (tmp_path / "chains.png").stat().st_size > 1000
+  for row in range(3):
+    assert (tmp_path / f"chains_{row}.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -77,6 +89,46 @@ def test_sampler_throughput(tmp_path):
   gap = np.array(ours["mean"]) - np.array(nuts["mean"])
   error = np.hypot(ours["mcse"], nuts["mcse"])
   assert np.max(np.abs(gap / error)) < 8  # of 16 chains of 10 steps
+
+
+def test_gaussian_exactness():
+  for name in ("default", "smoke"):
+    module = importlib.import_module(f"configs.gaussian_exactness.{name}")
+    settings = flags_and_configs.to_dataclass(
+      gaussian_exactness.Settings, module.get_config(), name="config"
+    )
+  found = []
+  for row, limit in zip(settings.rows, (1e-4, 1e-11), strict=True):
+    with jax.enable_x64(row.dtype == "float64"):
+      (one,) = gaussian_exactness_run.measure(row, settings.seed)
+    assert one["max_abs_log_ratio"] < limit
+    assert one["max_relative_sd"] < limit < one["min_plain_relative_sd"]
+    found.append({**dataclasses.asdict(row), **one})
+  assert gaussian_exactness.table(found).row_count == 2
+  with pytest.raises(ValueError, match=r"sampler must be one of"):
+    gaussian_exactness_run.Row(sampler="mala", dim=2)
+
+
+@pytest.mark.parametrize("name", ["gaussian:3:1e6", "student_t:5:2"])
+def test_targets_without_data(name):
+  with jax.enable_x64(True):
+    problem = mcmc_problems.make(name, jnp.float64)
+    start = problem.start(jax.random.key(0), 4)
+    run = mcmc.run_chains(
+      jax.random.key(1),
+      problem.step,
+      jax.vmap(problem.init)(start),
+      100,
+      parameters=(0.8, *problem.rest),
+    )
+    mala = mcmc_peers.make("mala", problem)
+    moved, _ = mala.step(
+      jax.random.key(2), mala.init(start[0]), jnp.float64(0.1)
+    )
+    assert mala.position(moved).shape == start[0].shape
+  rate = float(np.mean(run.stats.acceptance_rate))
+  is_gaussian = name.startswith("gaussian")
+  assert rate > 1 - 1e-6 if is_gaussian else 0.3 < rate < 1
 
 
 def test_autocorrelation():

@@ -19,6 +19,8 @@ from unisparse_jax.mcmc import (
   adaptive_independent_metropolis as adaptive_independent_metropolis,
 )
 from unisparse_jax.mcmc import base as base
+from unisparse_jax.mcmc import batch_sums as batch_sums
+from unisparse_jax.mcmc import blackjax_warm_up as blackjax_warm_up
 from unisparse_jax.mcmc import chain_data as chain_data
 from unisparse_jax.mcmc import control_variates as control_variates
 from unisparse_jax.mcmc import covariances as covariances
@@ -38,8 +40,10 @@ from unisparse_jax.mcmc import poisson as poisson
 from unisparse_jax.mcmc import preconditioner as preconditioner
 from unisparse_jax.mcmc import proposal_fits as proposal_fits
 from unisparse_jax.mcmc import proposals as proposals
+from unisparse_jax.mcmc import smooth_functions as smooth_functions
 from unisparse_jax.mcmc import summary as summary
 from unisparse_jax.mcmc import targets as targets
+from unisparse_jax.mcmc import white_coordinates as white_coordinates
 from unisparse_jax.mcmc.base import SamplingAlgorithm as SamplingAlgorithm
 from unisparse_jax.mcmc.base import bind as bind
 from unisparse_jax.mcmc.base import run_chains as run_chains

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unisparse_jax.mcmc import base, checks
@@ -91,6 +90,7 @@ def init(
   num_terms: int,
   *,
   products_of_terms: bool = True,
+  num_folds: int = NUM_FOLDS,
 ) -> Accumulator:
   """An empty accumulator.
 
@@ -101,13 +101,16 @@ def init(
     products_of_terms: whether products over steps are kept for all rows, which
       least-squares coefficients need, or for F alone, which saves memory
       traffic with thousands of chains. Batch means always have all.
+    num_folds: of batch means; estimates from several chains need 1, those from
+      one chain 2.
 
   Returns:
     The accumulator of one chain.
 
   Raises:
-    ValueError: num_terms < 0, or a centre that is no vector.
+    ValueError: num_terms < 0, num_folds < 1, or a centre that is no vector.
   """
+  checks.check_positive_int("num_folds", num_folds)
   checks.check_shape("centre", centre, ("num_functions",), (None,))
   checks.require(num_terms >= 0, "num_terms", "be >= 0", num_terms)
   centre = jnp.asarray(centre).astype(dtype())
@@ -123,7 +126,7 @@ def init(
     batch_products=jnp.zeros((kept, kept, num_functions), dtype()),
     num_batches=jnp.zeros((), jnp.int32),
     steps=empty_moments(rows, kept, num_functions),
-    batches=jax.tree.map(lambda x: jnp.stack([x] * NUM_FOLDS), no_batches),
+    batches=jax.tree.map(lambda x: jnp.stack([x] * num_folds), no_batches),
   )
 
 
@@ -132,19 +135,26 @@ def init_chains(
   num_terms: int,
   *,
   products_of_terms: bool = True,
+  num_folds: int = NUM_FOLDS,
 ) -> Accumulator:
   """`init` for many chains; leaves [num_chains, ...]."""
   checks.check_shape(
     "centres", centres, ("num_chains", "num_functions"), (None, None)
   )
-  return _init_chains(centres, num_terms, products_of_terms)
+  return _init_chains(centres, num_terms, products_of_terms, num_folds)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _init_chains(centres, num_terms, products_of_terms):
-  return jax.vmap(
-    lambda c: init(c, num_terms, products_of_terms=products_of_terms)
-  )(centres)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _init_chains(centres, num_terms, products_of_terms, num_folds):
+  def one(centre):
+    return init(
+      centre,
+      num_terms,
+      products_of_terms=products_of_terms,
+      num_folds=num_folds,
+    )
+
+  return jax.vmap(one)(centres)
 
 
 def update(accumulator: Accumulator, terms: Terms) -> Accumulator:
@@ -167,19 +177,24 @@ def flush(accumulator: Accumulator) -> Accumulator:
   kept = shift[: accumulator.batch_products.shape[0]]
   products = accumulator.batch_products - count * kept[:, None] * kept[None]
   mean = accumulator.centre + shift
-  # What the rounding of the sum above lost.
-  mean_low = shift - (mean - accumulator.centre)
-  steps = merge_moments(
+  # What the rounding of the sum above lost; in float64 nothing is made of it.
+  mean_low = jnp.zeros_like(mean)
+  if mean.dtype != jnp.float64:
+    mean_low = shift - (mean - accumulator.centre)
+  # Exact without the choices of `merge_moments`: means of nothing are 0, and a
+  # batch of no steps has weight 0.
+  steps = _merged(
     accumulator.steps,
     Moments(count, mean, mean_low, products, jnp.zeros_like(products)),
   )
-  fold = accumulator.num_batches % NUM_FOLDS
+  num_folds = accumulator.batches.count.shape[0]
+  fold = accumulator.num_batches % num_folds
   one = jnp.where(count > 0, jnp.ones((), dtype()), 0)
   batches = jax.vmap(
     lambda moments, number: _merge_one(
       moments, jnp.where(fold == number, one, 0), mean, mean_low
     )
-  )(accumulator.batches, jnp.arange(NUM_FOLDS, dtype=jnp.int32))
+  )(accumulator.batches, jnp.arange(num_folds, dtype=jnp.int32))
   return Accumulator(
     centre=jnp.where(count > 0, steps.mean, accumulator.centre),
     batch_count=jnp.zeros_like(accumulator.batch_count),
@@ -205,92 +220,6 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
     num_batches=a.num_batches + b.num_batches,
     steps=steps,
     batches=jax.vmap(merge_moments)(a.batches, b.batches),
-  )
-
-
-class OpenBatch(NamedTuple):
-  """A batch in the making, in as few and as plain sums as there can be.
-
-  One array for every row and family of test functions: rows that are stacked
-  first cost more than the terms themselves. Control variates have means near 0
-  and are summed as they are, functions about the accumulator's centre.
-
-  Attributes:
-    accumulator: of the batches before.
-    count: steps of this batch.
-    centres: of each family's functions.
-    sums: [row][family].
-    products: [pair of rows i <= j][family].
-  """
-
-  accumulator: Accumulator
-  count: Int[Array, ""]
-  centres: tuple
-  sums: tuple
-  products: tuple
-
-
-def open_batch(
-  accumulator: Accumulator, count: int, sizes: tuple[int, ...]
-) -> OpenBatch:
-  """An empty batch.
-
-  Args:
-    accumulator: whose current batch is empty.
-    count: steps that will be added, all of them before `close_batch`.
-    sizes: functions of each family.
-  """
-  rows, kept = accumulator.centre.shape[0], accumulator.batch_products.shape[0]
-  none = tuple(jnp.zeros((size,), dtype()) for size in sizes)
-  ends = np.cumsum(sizes)[:-1].tolist()
-  return OpenBatch(
-    accumulator,
-    jnp.asarray(count, accumulator.batch_count.dtype),
-    tuple(jnp.split(accumulator.centre[0], ends)),
-    (none,) * rows,
-    (none,) * (kept * (kept + 1) // 2),
-  )
-
-
-def add_to_batch(
-  batch: OpenBatch, values: tuple, control_variates: tuple
-) -> OpenBatch:
-  """Adds one step: values [family] and control variates [term][family]."""
-  cast = lambda x: x.astype(dtype())  # noqa: E731
-  rows = (values, *control_variates)
-  rows = [tuple(map(cast, row)) for row in rows]
-  rows[0] = tuple(
-    x - centre for x, centre in zip(rows[0], batch.centres, strict=True)
-  )
-
-  def plus(sums, added):
-    return tuple(a + b for a, b in zip(sums, added, strict=True))
-
-  kept = batch.accumulator.batch_products.shape[0]
-  pairs = [(rows[i], rows[j]) for i in range(kept) for j in range(i, kept)]
-  added = [tuple(a * b for a, b in zip(x, y, strict=True)) for x, y in pairs]
-  return batch._replace(
-    sums=tuple(map(plus, batch.sums, rows)),
-    products=tuple(map(plus, batch.products, added)),
-  )
-
-
-def close_batch(batch: OpenBatch) -> Accumulator:
-  """The accumulator with this batch, all of whose steps were added."""
-  accumulator = batch.accumulator
-  kept = accumulator.batch_products.shape[0]
-  where = np.zeros((kept, kept), np.int32)
-  where[np.triu_indices(kept)] = np.arange(len(batch.products))
-  where = np.maximum(where, where.T)
-  products = jnp.stack([jnp.concatenate(pair) for pair in batch.products])
-  centre = accumulator.centre
-  return flush(
-    accumulator._replace(
-      centre=jnp.concatenate([centre[:1], jnp.zeros_like(centre[1:])]),
-      batch_count=batch.count,
-      batch_sum=jnp.stack([jnp.concatenate(row) for row in batch.sums]),
-      batch_products=products[where],
-    )
   )
 
 
@@ -325,6 +254,18 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   Source: Chan, Golub, LeVeque (1979), updating formulae for sample variances;
   additions are compensated by the exact error of a rounded sum (Knuth).
   """
+  # An empty side must leave the other bit for bit as it was.
+  return jax.tree.map(
+    lambda x, y, both: jnp.where(
+      b.count == 0, x, jnp.where(a.count == 0, y, both)
+    ),
+    a,
+    b,
+    _merged(a, b),
+  )
+
+
+def _merged(a, b):
   count = a.count + b.count
   share = b.count / jnp.maximum(count, 1)
   delta = (b.mean - a.mean) + (b.mean_low - a.mean_low)
@@ -334,15 +275,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   products, products_low = _add(
     a.products, b.products + between, a.products_low + b.products_low
   )
-  # An empty side must leave the other bit for bit as it was.
-  return jax.tree.map(
-    lambda x, y, both: jnp.where(
-      b.count == 0, x, jnp.where(a.count == 0, y, both)
-    ),
-    a,
-    b,
-    Moments(count, mean, mean_low, products, products_low),
-  )
+  return Moments(count, mean, mean_low, products, products_low)
 
 
 def _merge_one(moments, weight, mean, mean_low):

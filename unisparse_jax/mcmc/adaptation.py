@@ -6,6 +6,7 @@ follows it is called `rest` here. All chains share both.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ CONTROLLED_ACCEPTANCE = 0.92
 PLAIN, CONTROLLED = "plain", "controlled"
 KINDS = ("diagonal", "dense", "eigen")
 _SHRINKAGE = 5.0
+# Of step_size: at 2 a proposal has no noise, and a chain goes back and forth.
+_SMALLEST, _LARGEST = 1e-6, 1.99
 
 
 class Adapted(NamedTuple):
@@ -84,7 +87,7 @@ def adapt_step_size(
 ) -> Window:
   """Moves step_size towards an acceptance rate while the chains run.
 
-  step_size = 2 / (1 + exp(-w)) cannot leave (0, 2). After step i,
+  step_size = 2 / (1 + exp(-w)), kept in [1e-6, 1.99]. After step i,
   w += 2 (i + 1)^-0.6 (mean acceptance probability - target); the result is at
   the mean of w over the second half.
 
@@ -108,6 +111,7 @@ def adapt_step_size(
   checks.check_open_interval("start", start, 0, 2)
   checks.check_open_interval("target_acceptance", target_acceptance, 0, 1)
   rng_keys = base.chain_keys(rng_key, base.check_num_chains(state))
+  base.check_parameters(step, state, (start, *rest))
   return _adapt(
     rng_keys,
     step,
@@ -295,6 +299,7 @@ def _adapt(
     rate = jnp.mean(info.acceptance_rate).astype(jnp.float32)
     number_ = number.astype(jnp.float32)
     logit += 2 * (number_ + 1) ** -0.6 * (rate - target_acceptance)
+    logit = jnp.clip(logit, _logit(_SMALLEST), _logit(_LARGEST))
     is_late = (number >= num_steps // 2).astype(jnp.float32)
     vectors = jax.vmap(lambda p: base.ravel(p)[0])(state.position)
     moments = _add_chains(moments, vectors.astype(dtype), covariance)
@@ -327,6 +332,10 @@ def _adapt(
     mean.astype(first.dtype),
     estimate,
   )
+
+
+def _logit(step_size):
+  return math.log(step_size) - math.log(2 - step_size)
 
 
 def _add_chains(moments, vectors, covariance):

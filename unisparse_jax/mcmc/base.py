@@ -14,6 +14,7 @@ ours, because control variates need them:
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ from unisparse_jax.mcmc import chain_loop, checks
 
 # The loop's own types belong to the convention.
 TwoPhase = chain_loop.TwoPhase
+Kernel = chain_loop.Kernel
 Collector = chain_loop.Collector
 RunStats = chain_loop.RunStats
 Run = chain_loop.Run
@@ -137,12 +139,35 @@ def bind(kernel: Callable, logdensity_fn: Callable) -> Callable:
     def move(noise, state, *parameters):
       return kernel.move(noise, state, logdensity_fn, *parameters)
 
-    return TwoPhase(kernel.draw, move, num_bound=0)
+    return TwoPhase(kernel.draw, move, num_bound=0, check=kernel.check)
 
   def step(rng_key, state, *parameters):
     return kernel(rng_key, state, logdensity_fn, *parameters)
 
-  return step
+  return Kernel(step, kernel.check) if isinstance(kernel, Kernel) else step
+
+
+def check_parameters(step: Callable, state: Any, parameters: tuple):
+  """Checks the parameters of a step, where it knows how.
+
+  Args:
+    step: as `run_chains` takes it.
+    state: leaves [num_chains, ...].
+    parameters: of the step.
+
+  Raises:
+    ValueError: a parameter that the step cannot use.
+  """
+  check = getattr(step, "check", None)
+  if isinstance(step, TwoPhase | Kernel) and check is not None:
+    check(state, *parameters)
+
+
+def dim_of_chains(state: Any) -> int:
+  """Coordinates of one chain's position, of a state of many chains."""
+  return sum(
+    math.prod(jnp.shape(x)[1:]) for x in jax.tree.leaves(state.position)
+  )
 
 
 def run_chains(
@@ -185,7 +210,9 @@ def run_chains(
 
   Raises:
     ValueError: no chain, or steps that are no multiple of batch_size, or a
-      batch_size that is none of draw_ahead.
+      batch_size that is none of draw_ahead, or parameters that a sampler of
+      this package cannot use: step_size out of (0, 2), another size than that
+      of the position.
   """
   checks.check_positive_int("num_steps", num_steps)
   checks.check_positive_int("batch_size", batch_size)
@@ -197,6 +224,7 @@ def run_chains(
     f"num_steps % {batch_size} == 0",
   )
   num_chains = check_num_chains(state)
+  check_parameters(step, state, parameters)
   rng_keys = chain_keys(rng_key, num_chains)
   num_batches = num_steps // batch_size
   if draw_ahead is None:

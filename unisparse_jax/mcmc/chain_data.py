@@ -63,6 +63,13 @@ class ChainData(NamedTuple):
       int(np.min(accumulator.num_batches)),
     )
     if steps.count.shape[0] == 1:
+      checks.require(
+        batches.count.shape[1] == 2,
+        "accumulator",
+        "have its batches in 2 folds for an estimate from one chain",
+        f"num_folds={batches.count.shape[1]}",
+        "num_folds=2 where it was made",
+      )
       batches = _drop_axis(batches)
       count, mean = batches.count, batches.mean + batches.mean_low
       products = batches.products + batches.products_low

@@ -38,15 +38,34 @@ class TwoPhase:
     move: (noise, state, *arguments) -> (state, info).
     num_bound: arguments of `move` before the parameters: 1 for a kernel, which
       takes its log-density first; 0 for a step.
+    check: see `Kernel`.
   """
 
   draw: Callable
   move: Callable
   num_bound: int = 1
+  check: Callable | None = None
 
   def __call__(self, rng_key, state, *arguments):
     noise = self.draw(rng_key, state, *arguments[self.num_bound :])
     return self.move(noise, state, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A kernel or a step with a check of its parameters.
+
+  Attributes:
+    function: what it does when called.
+    check: (state, *parameters), called by `run_chains` before anything is
+      compiled; raises ValueError.
+  """
+
+  function: Callable
+  check: Callable
+
+  def __call__(self, rng_key, state, *arguments, **more):
+    return self.function(rng_key, state, *arguments, **more)
 
 
 class Collector(NamedTuple):

@@ -26,13 +26,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unisparse_jax.mcmc import accumulators, base, checks, estimates, poisson
+from unisparse_jax.mcmc import (
+  accumulators,
+  base,
+  batch_sums,
+  checks,
+  estimates,
+  poisson,
+  white_coordinates,
+)
 from unisparse_jax.mcmc import preconditioner as preconditioners
 
 POISSON, STATIC, SCORE = 0, 1, 2
 TERM_NAMES = ("poisson", "static", "score")
 # Coefficients that are exact on the reference Gaussian, by the terms used.
 TWO_TERMS = estimates.Candidate(terms=(POISSON, STATIC), cv_coef=(1.0, 1.0))
+
+
+def _same(vector):
+  return vector
 
 
 class ControlVariates(NamedTuple):
@@ -44,7 +56,8 @@ class ControlVariates(NamedTuple):
     collector: takes a `poisson.Reference` as its parameter, and optionally
       other functions that differ from these in arrays alone: one compiled
       program serves all that are given to it so.
-    values: vector -> F of all functions, [num_functions].
+    values: x -> F of all functions, [num_functions].
+    to_x: raveled position -> x.
     term_fn: (info, reference) -> `accumulators.Terms` of one step.
   """
 
@@ -53,40 +66,50 @@ class ControlVariates(NamedTuple):
   collector: base.Collector
   values: Callable
   term_fn: Callable
+  to_x: Callable = _same
 
   def init(
     self,
     positions: Any,
     *,
     functions: tuple | None = None,
-    products_of_terms: bool = True,
+    products_of_terms: bool = False,
+    num_folds: int | None = None,
   ) -> accumulators.Accumulator:
     """Empty accumulators of many chains.
 
     Args:
       positions: pytree, leaves [num_chains, ...]: where the chains start.
       functions: that the collector will be given, if any.
-      products_of_terms: see `accumulators.init`.
+      products_of_terms: see `accumulators.init`; only the coefficients
+        `estimates.LEAST_SQUARES` need them, at three times the cost.
+      num_folds: see `accumulators.init`; default 1 for several chains, of
+        which none can then give an estimate alone, and 2 for one.
     """
     if functions is None:
-      centres = _values_of_chains(self.values, positions)
+      centres = _values_of_chains(self.values, self.to_x, positions)
     else:
-      centres = _given_values_of_chains(functions, positions)
+      centres = _given_values_of_chains(self.to_x, functions, positions)
+    if num_folds is None:
+      num_folds = 1 if centres.shape[0] > 1 else accumulators.NUM_FOLDS
     return accumulators.init_chains(
       centres,
       self.num_terms,
       products_of_terms=products_of_terms,
+      num_folds=num_folds,
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values_of_chains(values, to_x, positions):
+  return jax.vmap(lambda p: values(to_x(base.ravel(p)[0])))(positions)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _values_of_chains(values, positions):
-  return jax.vmap(lambda p: values(base.ravel(p)[0]))(positions)
-
-
-@jax.jit
-def _given_values_of_chains(functions, positions):
-  return jax.vmap(lambda p: _values(functions, base.ravel(p)[0]))(positions)
+def _given_values_of_chains(to_x, functions, positions):
+  return jax.vmap(lambda p: _values(functions, to_x(base.ravel(p)[0])))(
+    positions
+  )
 
 
 def _values(functions, x):
@@ -99,6 +122,7 @@ def poisson_terms(
   score: bool = True,
   covariance_fn: Callable | None = None,
   precond_grad_fn: Callable | None = None,
+  coordinates: white_coordinates.Coordinates | None = None,
 ) -> ControlVariates:
   """Terms of test functions for a Gaussian-invariant sampler.
 
@@ -111,6 +135,10 @@ def poisson_terms(
       reference.covariance.
     precond_grad_fn: (info, reference) -> reference.covariance times the
       gradient at x; default info.precond_grad, for such a kernel.
+    coordinates: of the chain, where it samples z of `white_coordinates` with a
+      preconditioner of z near I; functions and reference are of x all the same,
+      what the two functions above return is of z. Four products with the root
+      for each step.
 
   Returns:
     The terms. Make them once: the loop is compiled for each value anew.
@@ -139,51 +167,54 @@ def poisson_terms(
     )
     return others
 
-  def families(info, reference, functions):
-    """Values [family] and control variates [term][family] of one step."""
-    # Reading and writing the sums is what costs, not what is done to them: with
-    # G(x) - G(y) factored and the noise in place of y less its mean, which are
-    # fewer operations, a step's means and squares took 12 to 14 us as before
-    # (CPU, 100 chains of 31 coefficients, float64, a step 250 us).
-    x, y = info.position_prev, info.proposal
-    reference = cast(reference, x.dtype)
-    covariance = covariance_fn(info, reference)
-    alpha = info.acceptance_rate
-    found = []
-    for f in functions:
-      there = f.solution(y, reference)
-      moved = f.solution(x, reference) - there
-      expected = f.expected(info.proposal_mean, covariance, reference)
-      # G may overflow at a proposal that cannot be accepted, and NaN * 0 is
-      # NaN: the zero is chosen after the product.
-      terms = [jnp.where(alpha > 0, alpha * moved, 0), there - expected]
-      if score:
-        precond_grad = precond_grad_fn(info, reference)
-        terms.append(-f.score(x, precond_grad, reference))
-      found.append(terms)
-    return tuple(f.value(x) for f in functions), tuple(zip(*found, strict=True))
+  def read(info, reference):
+    reference = cast(reference, info.position_prev.dtype)
+    to_x, inner = _same, reference
+    if coordinates is not None:
+      to_x = coordinates.position
+      white = preconditioners.Diagonal(jnp.ones_like(reference.mean))
+      inner = reference._replace(covariance=white)
+    covariance = covariance_fn(info, inner)
+    grad = precond_grad_fn(info, inner) if score else None
+    if coordinates is not None:
+      grad = coordinates.root(grad) if score else None
+      if covariance_fn is constant_covariance:
+        covariance = covariance_fn(info, reference)
+      else:
+        covariance = preconditioners.Within(coordinates, covariance)
+    return batch_sums.Step(
+      before=to_x(info.position_prev),
+      proposal=to_x(info.proposal),
+      proposal_mean=to_x(info.proposal_mean),
+      acceptance_rate=info.acceptance_rate,
+      covariance=covariance,
+      precond_grad=grad,
+      reference=reference,
+    )
 
   def term_fn(info, reference):
-    values, terms = families(info, reference, functions)
-    terms = jnp.stack([jnp.concatenate(term) for term in terms])
-    return accumulators.Terms(jnp.concatenate(values), terms)
+    step = read(info, reference)
+    rows = zip(*(step.rows(f) for f in functions), strict=True)
+    values, *terms = map(jnp.concatenate, rows)
+    return accumulators.Terms(values, jnp.stack(terms))
 
   def open_batch(accumulator, batch_size, reference, *given):
-    sizes = [
-      jax.eval_shape(f.value, reference.mean).shape for f in chosen(given)
-    ]
-    return accumulators.open_batch(
-      accumulator, batch_size, tuple(size for (size,) in sizes)
+    return batch_sums.open_batch(
+      accumulator, batch_size, chosen(given), reference
     )
 
   def update(batch, state, info, reference, *given):
     del state
-    found = families(info, reference, chosen(given))
-    return accumulators.add_to_batch(batch, *found)
+    return batch_sums.add(batch, chosen(given), read(info, reference))
 
-  collector = base.Collector(update, accumulators.close_batch, open_batch)
+  def flush(batch):
+    # Other functions differ in arrays, which the end of a batch does not need.
+    return batch_sums.close_batch(batch, functions)
+
+  collector = base.Collector(update, flush, open_batch)
   num_terms = 3 if score else 2
-  return ControlVariates(functions, num_terms, collector, values, term_fn)
+  to_x = _same if coordinates is None else coordinates.position
+  return ControlVariates(functions, num_terms, collector, values, term_fn, to_x)
 
 
 def constant_covariance(info: Any, reference: poisson.Reference) -> Any:

@@ -80,14 +80,19 @@ class Estimate(NamedTuple):
   def ess(self) -> Float[np.ndarray, " num_functions"]:
     """Exact independent draws worth as much as the controlled estimate.
 
-    May exceed num_draws, as it should: it is not capped.
+    May exceed num_draws, as it should: it is not capped. NaN where F never
+    varied.
     """
-    return chain_data.ratio(self.variance, self.mcse**2)
+    return self._ess(self.mcse)
 
   @property
   def plain_ess(self) -> Float[np.ndarray, " num_functions"]:
     """Exact independent draws worth as much as the plain mean."""
-    return chain_data.ratio(self.variance, self.plain_mcse**2)
+    return self._ess(self.plain_mcse)
+
+  def _ess(self, mcse):
+    found = chain_data.ratio(self.variance, mcse**2)
+    return np.where(self.variance == 0, np.nan, found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,13 @@ def build_kernel(
     )
     return accepted.state, info
 
-  return kernel
+  return base.Kernel(kernel, _check)
+
+
+def _check(state, step_size, coordinates=None):
+  checks.check_open_interval("step_size", step_size, 0, 2)
+  if coordinates is not None:
+    preconditioners.check_size(coordinates, base.dim_of_chains(state))
 
 
 def as_top_level_api(

@@ -119,7 +119,15 @@ def build_kernel(curvature_fn: Callable | None = None) -> Callable:
     )
     return accepted.state, info
 
-  return kernel
+  return base.Kernel(kernel, _check)
+
+
+def _check(state, step_size, covariance):
+  checks.check_open_interval("step_size", step_size, 0, 2)
+  size = covariance.values.shape[0]
+  checks.check_shape(
+    "position", state.position, ("num_chains", "dim"), (None, size)
+  )
 
 
 def as_top_level_api(

@@ -88,7 +88,14 @@ def build_kernel() -> Callable:
     )
     return accepted.state, GIRWMInfo(x, y, *accepted[1:], proposal_mean)
 
-  return kernel
+  return base.Kernel(kernel, _check)
+
+
+def _check(state, step_size, mean, preconditioner):
+  checks.check_open_interval("step_size", step_size, 0, 2)
+  dim = base.dim_of_chains(state)
+  checks.check_shape("mean", mean, ("dim",), (dim,))
+  preconditioners.check_size(preconditioner, dim)
 
 
 def as_top_level_api(

@@ -83,8 +83,12 @@ class Linear:
 
   coordinates: tuple[int, ...] | None = None
 
+  def take(self, vector):
+    """The chosen coordinates."""
+    return _take(vector, self.coordinates)
+
   def value(self, x):
-    return _take(x, self.coordinates)
+    return self.take(x)
 
   def solution(self, x, reference):
     return self.value(x) * reference.per_step_size
@@ -109,8 +113,12 @@ class Square:
 
   coordinates: tuple[int, ...] | None = None
 
+  def take(self, vector):
+    """The chosen coordinates."""
+    return _take(vector, self.coordinates)
+
   def value(self, x):
-    return _take(x, self.coordinates) ** 2
+    return self.take(x) ** 2
 
   def solution(self, x, reference):
     return self._solve(x, reference, 0)
@@ -123,14 +131,12 @@ class Square:
     centred = x - reference.mean
     slope = 2 * reference.per_step_size * reference.mean
     solution = centred * (centred * reference.per_noise_scale + slope)
-    return _take(
-      solution + variance * reference.per_noise_scale, self.coordinates
-    )
+    return self.take(solution + variance * reference.per_noise_scale)
 
   def score(self, x, precond_grad, reference):
     # (x + mean): the part of the mean makes it exact on the reference.
     term = (x + reference.mean) * precond_grad
-    return _take(term + reference.covariance.diagonal(), self.coordinates)
+    return self.take(term + reference.covariance.diagonal())
 
 
 @jax.tree_util.register_static
@@ -305,9 +311,6 @@ def indicator(
   )
 
 
-FAMILIES = (Linear, Square, Product, Ridge)
-
-
 def check_functions(functions: Any) -> tuple:
   """A tuple of test functions.
 
@@ -327,8 +330,8 @@ def check_functions(functions: Any) -> tuple:
       "functions",
       "have a known Poisson solution",
       function,
-      "poisson.Linear, Square, Product, exponential, indicator, or Ridge with "
-      "the function's Gaussian smoothing",
+      "poisson.Linear, Square, Product, exponential, indicator, or Ridge or "
+      "smooth_functions.Smooth with the function's Gaussian smoothing",
     )
   return functions
 

@@ -29,6 +29,9 @@ class Target:
     covariance: None where unknown.
     sample: (rng_key, num_draws) -> exact draws [num_draws, dim], or None.
     log_normalizer: log of the integral of exp(logdensity), or None.
+    along: (centre, root) -> log-density of z at centre + root @ z, both numpy
+      float64, for `white_coordinates`; None where it can only compute that
+      vector.
   """
 
   name: str
@@ -39,6 +42,7 @@ class Target:
   covariance: np.ndarray | None = None
   sample: Callable | None = None
   log_normalizer: float | None = None
+  along: Callable | None = None
 
 
 def gaussian(
@@ -78,6 +82,12 @@ def gaussian(
     white = ((position - mean_) @ vectors) / scale
     return -0.5 * jnp.sum(white**2)
 
+  def along(centre, root_):
+    to_white = vector.T / np.sqrt(value)[:, None]
+    offset = jnp.asarray(to_white @ (centre - mean64), dtype)
+    matrix = jnp.asarray(to_white @ root_, dtype)
+    return lambda z: -0.5 * jnp.sum((offset + matrix @ z) ** 2)
+
   def sample(rng_key, num_draws):
     white = jax.random.normal(rng_key, (num_draws, dim), dtype)
     return mean_[None] + white @ root.T
@@ -93,6 +103,7 @@ def gaussian(
     log_normalizer=float(
       0.5 * (dim * math.log(2 * math.pi) + np.log(value).sum())
     ),
+    along=along,
   )
 
 
@@ -187,9 +198,9 @@ def logistic_regression(
   columns = (features - features.mean(0))[:, scale > 0] / scale[scale > 0]
   if intercept:
     columns = np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
-  design = jnp.asarray(columns, dtype)
   # Rows with label 1 are as they are, others negated: one function serves both.
-  signed = design * jnp.asarray(2.0 * labels - 1, design.dtype)[:, None]
+  signed64 = columns * (2.0 * labels - 1)[:, None]
+  signed = jnp.asarray(signed64, dtype)
   precision = 0.0 if math.isinf(prior_scale) else prior_scale**-2
 
   likelihood_fn = likelihood_fn or _log_likelihood
@@ -198,11 +209,24 @@ def logistic_regression(
     fit = likelihood_fn(signed, position)
     return fit - 0.5 * precision * jnp.sum(position**2)
 
+  def along(centre, root):
+    # The centre is one more column, of coefficient 1.
+    design = np.concatenate([signed64 @ root, (signed64 @ centre)[:, None]], 1)
+    moved, root_ = jnp.asarray(design, dtype), jnp.asarray(root, dtype)
+    centre_, one = jnp.asarray(centre, dtype), jnp.ones((1,), signed.dtype)
+
+    def white_logdensity_fn(white):
+      fit = likelihood_fn(moved, jnp.concatenate([white, one]))
+      return fit - 0.5 * precision * jnp.sum((centre_ + root_ @ white) ** 2)
+
+    return white_logdensity_fn
+
   return Target(
     name=name,
     dim=columns.shape[1],
     logdensity_fn=logdensity_fn,
-    start=jnp.zeros((columns.shape[1],), design.dtype),
+    start=jnp.zeros((columns.shape[1],), signed.dtype),
+    along=along,
   )
 
 

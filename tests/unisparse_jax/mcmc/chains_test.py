@@ -53,7 +53,7 @@ def run(target, num_chains, num_steps, step_size, *, seed=0, **more):
       num_steps,
       parameters=(gamma, a),
       collector=variates.collector,
-      carry=variates.init(state.position),
+      carry=variates.init(state.position, num_folds=2),
       collector_parameters=(poisson.Reference(gamma, mean, a),),
       **more,
     )
@@ -86,7 +86,7 @@ def test_the_stream_is_the_stored_chain(x64):
     60,
     parameters=(jnp.float64(0.8), a),
     collector=variates.collector,
-    carry=variates.init(start),
+    carry=variates.init(start, products_of_terms=True),
     collector_parameters=(reference,),
     batch_size=10,
     trace=lambda state, info: info,
@@ -140,7 +140,7 @@ def test_terms_of_a_million_steps_have_mean_zero(x64):
   a = preconditioner.diagonal(np.array([1.3]))
   gamma = jnp.float64(0.6)
   start = jnp.full((4000, 1), -0.5)
-  empty = variates.init(start, products_of_terms=False)
+  empty = variates.init(start)
   result = base.run_chains(
     jax.random.key(3),
     base.bind(KERNEL, forced.skewed),
@@ -464,6 +464,19 @@ def test_adaptation_lands_on_its_target(x64):
   assert tuned["controlled"].errors.min() < tuned["plain"].errors.min()
   with pytest.raises(ValueError, match=r"kind must be a known name"):
     adaptation.warm_up(jax.random.key(0), step, state, flat, kind="full")
+
+
+def test_adaptation_leaves_noise_where_everything_is_accepted(x64):
+  # On a Gaussian no step_size lands on the target: it grows to its bound.
+  a = preconditioner.identity(2)
+  step = base.bind(KERNEL, lambda x: -0.5 * jnp.sum(x**2))
+  state = jax.vmap(lambda x: gi_mala.init(x, lambda y: -0.5 * jnp.sum(y**2)))(
+    jnp.ones((4, 2))
+  )
+  window = adaptation.adapt_step_size(
+    jax.random.key(0), step, state, 300, rest=(a,), target_acceptance=0.5
+  )
+  np.testing.assert_allclose(window.step_size, 1.99, rtol=1e-5)
 
 
 def test_other_directions_and_thresholds_do_not_compile_again(x64):

@@ -169,6 +169,14 @@ def test_terms_without_variance_get_no_coefficient(x64):
     assert np.all(np.isfinite(result.mean)) and np.all(result.mcse > 0)
 
 
+def test_a_function_that_never_varied_has_no_effective_size(x64):
+  values = correlated(7, 20, 12)
+  values[..., 0] = 0
+  result = estimates.estimate(accumulators_test.fill(values, 5))
+  assert np.isnan(result.ess[0]) and np.isnan(result.plain_ess[0])
+  assert np.all(np.isfinite(result.ess[1:])) and result.mean[0] == 0
+
+
 def test_bad_arguments_are_named(x64):
   filled = accumulators_test.fill(correlated(8, 6, 4), 5)
   for settings, message in (

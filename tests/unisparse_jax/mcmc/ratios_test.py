@@ -9,6 +9,8 @@ import scipy.stats
 
 from tests.unisparse_jax.mcmc import forced
 from unisparse_jax.mcmc import (
+  adaptation,
+  base,
   covariances,
   gi_hessian_mala,
   gi_latent_gaussian,
@@ -308,3 +310,36 @@ def test_bad_arguments_are_named():
   algorithm = gi_latent_gaussian.as_top_level_api(fn, 1.0, prior)
   with pytest.raises(ValueError, match=r"position must have shape.*dim=2"):
     algorithm.init(jnp.zeros(3))
+
+
+def test_the_loop_names_bad_parameters(x64):
+  fn, x = forced.curved, jnp.zeros((3, 2))
+  good = preconditioner.identity(2)
+  prior, wide = covariances.dense(np.eye(2)), covariances.dense(np.eye(3))
+  narrow = preconditioner.identity(3)
+  init = {
+    gi_mala: lambda x: gi_mala.init(x, fn),
+    gi_rwm: lambda x: gi_rwm.init(x, fn),
+    gi_hessian_mala: lambda x: gi_hessian_mala.init(x, fn),
+    gi_latent_gaussian: lambda x: gi_latent_gaussian.init(x, fn, prior),
+  }
+  size = r"preconditioner must have the size of position; got"
+  for sampler, right, wrong, message in (
+    (gi_mala, (good,), (narrow,), size),
+    (gi_rwm, (x[0], good), (x[0], narrow), size),
+    (gi_hessian_mala, (), (narrow,), size),
+    (gi_latent_gaussian, (prior,), (wide,), r"position must have shape"),
+  ):
+    step = base.bind(sampler.build_kernel(), fn)
+    state = jax.vmap(init[sampler])(x)
+    for gamma in (0.0, 2.0, np.nan):
+      with pytest.raises(ValueError, match=r"step_size must be in \(0, 2\)"):
+        base.run_chains(
+          jax.random.key(0), step, state, 100, parameters=(gamma, *right)
+        )
+    with pytest.raises(ValueError, match=message):
+      base.run_chains(
+        jax.random.key(0), step, state, 100, parameters=(1.0, *wrong)
+      )
+    with pytest.raises(ValueError, match=message):
+      adaptation.adapt_step_size(jax.random.key(0), step, state, 10, rest=wrong)
