@@ -5,20 +5,15 @@ kernels lean on. A card does not: here its memory is filled with NaN and freed,
 so that a kernel's results and temporaries come to lie in it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from experiments.kernels import kernel_cases
 from pallas_kernels import mosaic_gpu_backend, tpu_backend, triton_backend
-from pallas_kernels.block_sparse_attention import columns, mosaic_gpu
-from pallas_kernels.column_score_sampling import mosaic_gpu as sampling
-from tests import helpers
 
-Q_LEN, KV_LEN, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 300, 333, 4, 2, 128, 128
 _ARRAYS_OF_EACH_SIZE = 32
 
 
@@ -78,91 +73,19 @@ def call_in_poisoned_memory(fn, *args):
   return jax.block_until_ready(compiled(*args))
 
 
-def attention_case():
-  """q, k, v, and every row's blocks; some rows have none."""
-  q, k, v = helpers.make_qkv(
-    q_len=Q_LEN,
-    kv_len=KV_LEN,
-    num_heads=HEADS,
-    num_kv_heads=KV_HEADS,
-    head_dim=HEAD_DIM,
-    dtype=jnp.bfloat16,
-  )
-  indices, counts = helpers.random_lists(
-    np.random.default_rng(0),
-    batch=1,
-    num_mask_heads=KV_HEADS,
-    num_q_blocks=-(-Q_LEN // BLOCK),
-    num_kv_blocks=-(-KV_LEN // BLOCK),
-  )
-  scalars = jnp.array([KV_LEN - Q_LEN]), jnp.array([KV_LEN])
-  attend = functools.partial(
-    mosaic_gpu.attention,
-    block_q=BLOCK,
-    block_kv=BLOCK,
-    causal=True,
-    scale=HEAD_DIM**-0.5,
-  )
-  return attend, (q, k, v), (indices, counts, *scalars)
-
-
-def forward():
-  attend, arrays, lists = attention_case()
-  return attend, (*arrays, *lists)
-
-
-def backward():
-  attend, arrays, lists = attention_case()
-
-  def gradients(*arrays):
-    (out, lse), pull = jax.vjp(lambda *x: attend(*x, *lists), *arrays)
-    return pull((jnp.cos(out), jnp.where(jnp.isinf(lse), 0.0, 1.0)))
-
-  return gradients, arrays
-
-
-def of_columns():
-  _, (q, k, v), _ = attention_case()
-  positions = jnp.broadcast_to(
-    jnp.arange(KV_LEN, dtype=jnp.int32),
-    (1, KV_HEADS, -(-Q_LEN // BLOCK), KV_LEN),
-  )
-
-  def attend(q, k, v):
-    return columns.attend_on_hopper(
-      q, k, v, positions, jnp.zeros((1,), jnp.int32), (BLOCK, True, 0.1)
-    )
-
-  return attend, (q, k, v)
-
-
-def sampled_columns():
-  _, (q, k, _), _ = attention_case()
-  last = jnp.arange(Q_LEN, dtype=jnp.int32)[None]
-
-  def sample(q, k):
-    return sampling.sample(
-      q, k, last, scale=HEAD_DIM**-0.5, schedule=sampling.Schedule()
-    )
-
-  return sample, (q, k)
-
-
 @pytest.mark.gpu
 def test_memory_of_the_card_is_poisoned():
   _, plgpu = mosaic_gpu_backend.pallas()
   nothing = plgpu.kernel(
     write_nothing,
-    out_type=jax.ShapeDtypeStruct((Q_LEN, HEADS, HEAD_DIM), jnp.float32),
+    out_type=jax.ShapeDtypeStruct((300, 4, 128), jnp.float32),
   )
   assert np.isnan(call_in_poisoned_memory(nothing)).all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-  "make_case", [forward, backward, of_columns, sampled_columns]
-)
-def test_every_element_is_written_on_the_card(make_case):
-  fn, args = make_case()
+@pytest.mark.parametrize("name", kernel_cases.CASES)
+def test_every_element_is_written_on_the_card(name):
+  fn, args = kernel_cases.CASES[name]()
   for result in jax.tree.leaves(call_in_poisoned_memory(fn, *args)):
     assert not np.isnan(np.asarray(result, np.float32)).any()
