@@ -228,6 +228,7 @@ def test_triton_names_what_it_cannot_serve(changes, message):
     jax.eval_shape(fn, *shapes)
 
 
+@pytest.mark.optimised
 @needs_libtpu
 @pytest.mark.parametrize(
   ("tpu", "name"),
@@ -251,6 +252,7 @@ def test_tpu_kernel_compiles(tpu, name):
   assert compiled.cost_analysis()["flops"] > 0
 
 
+@pytest.mark.optimised
 @needs_libtpu
 def test_tpu_attention_memory_is_linear_in_length():
   def temporaries(length):

@@ -41,6 +41,7 @@ def make_case(dtype=jnp.float32, head_dim=64, causal=True):
   return (q, k, v, jnp.asarray(positions)), settings, kept
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("causal", [True, False])
 def test_xla_matches_float64(causal):
   arrays, settings, kept = make_case(head_dim=16, causal=causal)
@@ -62,6 +63,7 @@ def dense_attention(q, k, v, kept):
   return jnp.einsum("bhqc,bchd->bqhd", p / safe, v), jnp.swapaxes(lse, 1, 2)
 
 
+@pytest.mark.optimised
 def test_gradients_match_dense_attention():
   (q, k, v, positions), settings, kept = make_case(head_dim=16)
   # The second block of queries sees no column of the first unit.
@@ -85,6 +87,7 @@ def test_gradients_match_dense_attention():
     helpers.assert_same(a, e, 3e-6)
 
 
+@pytest.mark.optimised
 def test_gradients_of_many_blocks_are_summed_in_float32():
   num_blocks, block_q, count = 256, 8, 16
   q, k, v = helpers.make_qkv(

@@ -8,6 +8,7 @@ from tests import helpers
 from tests.pallas_kernels.block_sparse_attention import suite
 
 
+@pytest.mark.optimised
 class TestXla(suite.JittedSuite):
   implementation = "xla"
 
