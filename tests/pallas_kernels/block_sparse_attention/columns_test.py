@@ -152,7 +152,38 @@ def test_matches_float64_on_the_card(head_dim, causal):
   attend = functools.partial(
     columns.column_attention, **settings, implementation="mosaic_gpu"
   )
-  out, lse = jax.jit(attend)(*arrays)
+  attend = jax.jit(attend)
+  out, lse = attend(*arrays)
   expected, expected_lse = helpers.numpy_attention(*arrays[:3], kept)
   helpers.assert_same(out, expected, 4e-3)
   helpers.assert_same(lse, expected_lse, 4e-3)
+  for a, b in zip((out, lse), attend(*arrays), strict=True):
+    np.testing.assert_array_equal(
+      np.asarray(a, np.float32), np.asarray(b, np.float32)
+    )
+
+
+@pytest.mark.gpu
+def test_gradients_match_dense_attention_on_the_card():
+  (q, k, v, positions), settings, kept = make_case(jnp.bfloat16)
+  attend = functools.partial(
+    columns.column_attention,
+    positions=positions,
+    **settings,
+    implementation="mosaic_gpu",
+  )
+  dense = functools.partial(dense_attention, kept=jnp.asarray(kept))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(attend, *arrays):
+    (out, lse), pull = jax.vjp(attend, *arrays)
+    d_out = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    d_out = d_out.astype(jnp.bfloat16).astype(out.dtype)
+    return pull((d_out, jnp.where(jnp.isinf(lse), 0.0, 1.0)))
+
+  actual = gradient(attend, q, k, v)
+  with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = gradient(dense, *wide)
+  for a, e in zip(actual, expected, strict=True):
+    helpers.assert_same(a.astype(jnp.float32), e, 1e-2)

@@ -82,10 +82,17 @@ def test_lowers_for_settings(settings):
 
 
 @needs_pallas
-@pytest.mark.parametrize("block", [64, 128])
-def test_gradient_lowers(block):
+@pytest.mark.parametrize(
+  ("name", "block", "dtype"),
+  [("pylib_12m", 64, "bfloat16"), ("llama3_8b", 128, "float16")],
+)
+def test_gradient_lowers(name, block, dtype):
   text = lower(
-    arg_specs.MODELS["pylib_12m"], block_q=block, block_kv=block, gradient=True
+    arg_specs.MODELS[name],
+    block_q=block,
+    block_kv=block,
+    dtype=jnp.dtype(dtype),
+    gradient=True,
   )
   # The forward kernel and two of the backward pass.
   assert text.count("@mosaic_gpu") == 3
