@@ -21,6 +21,7 @@ from pallas_kernels.column_score_sampling import mosaic_tpu as columns_tpu
 from pallas_kernels.column_score_sampling import triton as columns_triton
 from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
+from pallas_kernels.composite_scores import reference as scores_reference
 from pallas_kernels.composite_scores import triton as scores_triton
 from pallas_kernels.logistic_likelihood import triton as likelihood_triton
 from pallas_kernels.top_log_probs import triton as top_triton
@@ -185,6 +186,21 @@ def test_triton_kernel_lowers_for_cuda(name, capability):
   assert len(modules) == KERNELS.get(name, 1)
   for module in modules:
     verify(module)
+
+
+def test_the_matrix_of_composite_scores_is_never_an_array():
+  def shapes_of(module):
+    fn, shapes = scores(module)
+    if module is scores_triton:
+      lowered = ahead_of_time.lower_for_cuda(fn, shapes, 90)
+    else:
+      lowered = jax.jit(fn).lower(*shapes)
+    return lowered.as_text()
+
+  count = LENGTH // 16
+  matrix = f"x{count}x{count}xf32>"
+  assert matrix in shapes_of(scores_reference)
+  assert matrix not in shapes_of(scores_triton)
 
 
 def test_a_module_that_triton_would_refuse_is_seen():
