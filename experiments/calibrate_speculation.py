@@ -49,6 +49,7 @@ def main(argv):
   deadline = None
   if config.calibration.max_seconds is not None:
     deadline = time.monotonic() + config.calibration.max_seconds
+  warm(setup, run)
   log = logged_steps(setup, run.workdir, console)
   costs = measured_costs(setup, run, console, deadline)
   artefact, comparison = speculation_fit.fit(setup, log, costs)
@@ -61,6 +62,31 @@ def main(argv):
   console.print(f"Artefact: {path}", soft_wrap=True)
 
 
+def warm(setup: speculation_setup.Setup, run: runs.Run):
+  """Compiles what the logging and the timing lack, several at once."""
+  config = setup.config
+  if not config.compile_threads:
+    return
+  programs = []
+  if not (run.workdir / _LOG_FILE).exists():
+    size = config.calibration.batch_size
+    tokens, lengths = setup.padded([np.zeros(2, np.int32)] * size)
+    for temperature in config.calibration.temperatures:
+      programs.append(
+        _logged_call(setup, tokens, lengths, temperature, first=0)
+      )
+  done = {r["batch"] for r in run.found() if r["kind"] == "costs"}
+  table = setup.table(config.shape.base_depth, 0)
+  for batch in config.batches:
+    if batch not in done:
+      common = _timed_call(setup, batch)
+      programs += [
+        {**common, "drafter": None, "policy": None},
+        {**common, "drafter": speculation_setup.EAGLE, "policy": table},
+      ]
+  setup.warm(programs, config.compile_threads)
+
+
 def logged_steps(
   setup: speculation_setup.Setup, workdir: pathlib.Path, console
 ) -> calibration.StepRecords:
@@ -70,7 +96,6 @@ def logged_steps(
     with np.load(file) as arrays:
       return calibration.StepRecords(**{name: arrays[name] for name in arrays})
   config, settings = setup.config, setup.config.calibration
-  largest = setup.table(config.shape.max_depth, config.shape.max_nodes - 1)
   # Every batch holds all domains: the same number of steps for all of them.
   prompts, labels = [], []
   for number in range(settings.prompts):
@@ -90,16 +115,7 @@ def logged_steps(
         [made[prompts[row][0]][prompts[row][1]] for row in rows]
       )
       call = setup.call(
-        drafter=speculation_setup.EAGLE,
-        policy=largest,
-        shape=config.shape,
-        tokens=tokens,
-        lengths=lengths,
-        keys=setup.keys("code", 1_000_000 + begin, size),
-        temperature=temperature,
-        new_tokens=settings.new_tokens,
-        dtype=config.dtype,
-        log_trees=True,
+        **_logged_call(setup, tokens, lengths, temperature, first=begin)
       )
       parts.append(
         calibration.StepRecords.from_log(
@@ -126,6 +142,25 @@ def logged_steps(
   return log
 
 
+def _logged_call(
+  setup: speculation_setup.Setup, tokens, lengths, temperature, *, first
+) -> dict:
+  """Arguments of a call with the largest tree, whose trees are kept."""
+  config = setup.config
+  return dict(
+    drafter=speculation_setup.EAGLE,
+    policy=setup.table(config.shape.max_depth, config.shape.max_nodes - 1),
+    shape=config.shape,
+    tokens=tokens,
+    lengths=lengths,
+    keys=setup.keys("code", 1_000_000 + first, len(lengths)),
+    temperature=temperature,
+    new_tokens=config.calibration.new_tokens,
+    dtype=config.dtype,
+    log_trees=True,
+  )
+
+
 def _fields(log) -> dict[str, np.ndarray]:
   return {f.name: getattr(log, f.name) for f in dataclasses.fields(log)}
 
@@ -144,16 +179,6 @@ def measured_costs(
   config, settings = setup.config, setup.config.calibration
   done = {r["batch"]: r for r in run.found() if r["kind"] == "costs"}
   calls = {batch: _timed_call(setup, batch) for batch in config.batches}
-  if config.compile_threads:
-    programs = []
-    for batch, common in calls.items():
-      if batch not in done:
-        programs.append({**common, "drafter": None, "policy": None})
-        table = setup.table(config.shape.base_depth, 0)
-        programs.append(
-          {**common, "drafter": speculation_setup.EAGLE, "policy": table}
-        )
-    setup.warm(programs, config.compile_threads)
   result = []
   for batch, common in calls.items():
     if batch in done:

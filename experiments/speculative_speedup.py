@@ -9,6 +9,8 @@ a line a measurement, and WORKDIR/report.html.
 The same command goes on where an earlier one stopped.
 """
 
+import itertools
+import math
 import pathlib
 import time
 
@@ -68,7 +70,7 @@ def measure_all(
     ValueError: the settings do not fit the model, the artefact is of another
       drafter, or the folder is not this run's.
   """
-  start = time.monotonic()
+  deadline = time.monotonic() + (config.max_seconds or math.inf)
   folder = long_context_config.model_folder(config.target)
   config.check_model(models.load_hf_config(folder))
   head = speculation_config.head_folder(config.head)
@@ -97,31 +99,34 @@ def measure_all(
   if not missing:
     return found, run.workdir
   measurer = speculative_speedup_run.Measurer(config, run.workdir, found)
-  warmed = None
-  for number, step in enumerate(missing, start=1):
-    spent = time.monotonic() - start
-    if config.max_seconds is not None and spent > config.max_seconds:
-      console.print(
-        f"{len(missing) - number + 1} measurements are left: max_seconds is "
-        "used up. The same command goes on."
+  number = 0
+  for _, group in itertools.groupby(missing, key=lambda step: step.kind):
+    steps = list(group)
+    if time.monotonic() < deadline:
+      measurer.warm(steps)
+    for step in steps:
+      if time.monotonic() >= deadline:
+        console.print(
+          f"{len(missing) - number} measurements are left: max_seconds is "
+          "used up. The same command goes on."
+        )
+        return run.found(), run.workdir
+      number += 1
+      begin = time.perf_counter()
+      values = measurer.measure(step)
+      seconds = time.perf_counter() - begin
+      measurer.remember(
+        run.writer.write(**vars(step), **values, seconds=seconds)
       )
-      break
-    if step.place != warmed:
-      warmed = step.place
-      measurer.warm([other for other in missing if other.place == warmed])
-    begin = time.perf_counter()
-    values = measurer.measure(step)
-    seconds = time.perf_counter() - begin
-    measurer.remember(run.writer.write(**vars(step), **values, seconds=seconds))
-    console.print(
-      f"[{number}/{len(missing)}] {step}: {values['tokens_per_call']:.2f} "
-      f"tokens a call, {values['tokens_per_s']:,.0f} tokens/s, "
-      f"{values['mismatched_rows']} of {values['rows']} rows differ "
-      f"({seconds:.1f} s)",
-      markup=False,
-      highlight=False,
-      soft_wrap=True,
-    )
+      console.print(
+        f"[{number}/{len(missing)}] {step}: {values['tokens_per_call']:.2f} "
+        f"tokens a call, {values['tokens_per_s']:,.0f} tokens/s, "
+        f"{values['mismatched_rows']} of {values['rows']} rows differ "
+        f"({seconds:.1f} s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+      )
   return run.found(), run.workdir
 
 

@@ -45,11 +45,10 @@ def preferring(
   return _preferences(tuple(sorted(chosen.items())))
 
 
-def preferred(op: str, default: str) -> Implementation:
-  """What `preferring` names for an op, or the op's default."""
+def preferred(op: str) -> Implementation:
+  """What `preferring` names for an op; None for the platform's default."""
   assert op in PREFERABLE, "an op that asks is listed"
-  names = dict(_preferences.value).get(op)
-  return default if names is None else names
+  return dict(_preferences.value).get(op)
 
 
 def platform_default(table: Mapping[str, Any]) -> tuple[str, ...]:

@@ -35,18 +35,22 @@ def get_config():
   config.head = "out/head/head"
   config.corpus = "out/target/data/corpus"
   config.artefact = "out/calibration/policy.json"
-  config.shape = dict(width=8, base_depth=6, max_depth=10, buckets=(1, 16, 64))
+  # A quarter of the steps accept nothing and a sixth all of ten levels: hence
+  # few levels before the policy is asked, and many after.
+  config.shape = dict(
+    width=8, base_depth=4, max_depth=16, level_block=4, buckets=(16, 64)
+  )
   # Rows of these batches share one verification of so many nodes. Every size is
   # one more copy of the target to compile.
-  config.packed = ((16, 16, 256, 1024), (64, 64, 1024, 4096))
-  config.chain_shape = dict(width=1, base_depth=10, buckets=(1, 8, 16))
+  config.packed = ((16, 256, 1024), (64, 1024, 4096))
+  config.chain_shape = dict(width=1, base_depth=10, buckets=(16,))
   config.combined_shape = dict(
-    width=8, base_depth=6, max_depth=20, buckets=(1, 32, 64)
+    width=8, base_depth=4, max_depth=20, level_block=4, buckets=(32, 64)
   )
   config.combined_nodes = 31
   config.combined_cost = 1.7
   config.static_shape = dict(
-    width=8, base_depth=5, buckets=(1, 32), static_levels=_STATIC
+    width=8, base_depth=5, buckets=(32,), static_levels=_STATIC
   )
   config.calibration = dict(
     prompts=32,
@@ -54,7 +58,7 @@ def get_config():
     batch_size=16,
     temperatures=(0.0, 1.0),
     max_seconds=config_dict.placeholder(float),
-    alpha=4,  # Levels 10, 9, 8 where drafts are sure, else 6.
+    alpha=12,  # Levels 16, 15, 14 where drafts are sure, else 4.
   )
   config.fixed_depth = 8
   config.fixed_nodes = 60

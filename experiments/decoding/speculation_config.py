@@ -249,6 +249,18 @@ class SpeculationConfig:
       return self.shape
     return dataclasses.replace(self.shape, packed=sizes[batch])
 
+  def fixed_shape_for(self, batch: int) -> tree.TreeShape:
+    """`shape_for` of the method `fixed`: nothing that adapts is compiled."""
+    sizes = self.shape_for(batch)
+    largest = next(x for x in sizes.buckets if x > self.fixed_nodes)
+    return dataclasses.replace(
+      sizes,
+      base_depth=self.fixed_depth,
+      max_depth=self.fixed_depth,
+      buckets=(largest,),
+      packed=sizes.packed[-1:],
+    )
+
   def combined_shape_for(self, batch: int) -> tree.TreeShape:
     """`shape_for` of the method `combined`."""
     packed = self.shape_for(batch).packed

@@ -34,7 +34,13 @@ def fit(
     min_leaf=settings.min_leaf,
     criterion=settings.criterion,
   )
-  depths = range(shape.base_depth, (shape.max_depth or 0) + 1)
+  # A depth inside a block costs as much as its end.
+  depths = sorted(
+    {
+      *range(shape.base_depth, shape.max_depth, shape.level_block),
+      shape.max_depth,
+    }
+  )
   # A bucket is filled; smaller trees matter where rows share one.
   nodes = {0, *(bucket - 1 for bucket in shape.buckets)}
   if config.packed:

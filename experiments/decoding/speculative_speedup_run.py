@@ -19,7 +19,7 @@ from unisparse_jax.speculative.calibration import predictor
 _MAX_GAPS = 8  # rows of a measurement that are looked into
 # Methods whose policy is a table: one compiled program.
 _TABLES = (
-  *("fixed", "heterospec", "joint", "thrifty", "fixed_same", "fixed_best"),
+  *("heterospec", "joint", "thrifty", "fixed_same", "fixed_best"),
   "eagle2",
 )
 _NO_DRAFTER = {"drafter": None, "policy": None, "shape": None}
@@ -56,7 +56,7 @@ class Step:
 
   @property
   def place(self) -> tuple:
-    """What is measured in one go, after its programs were compiled."""
+    """Where methods are compared with plain decoding."""
     return (
       self.kind,
       self.batch,
@@ -117,8 +117,8 @@ def plan(config: config_lib.SpeculationConfig) -> list[Step]:
   return [
     *steps("speed", first),
     *(s for s in steps("exact", exact) if s.method not in repeated),
-    *_long_steps(config),
     *steps("speed", rest),
+    *_long_steps(config),
   ]
 
 
@@ -170,7 +170,7 @@ class Measurer:
       return
     programs: dict[tuple, dict[str, Any]] = {}
     for step in steps:
-      method = "fixed" if step.method in _TABLES else step.method
+      method = "eagle2" if step.method in _TABLES else step.method
       method = "gated" if method == "predictive" else method
       step = dataclasses.replace(step, method=method, domain=config.domains[0])
       if step.key in programs:
@@ -327,6 +327,16 @@ class Measurer:
         policy=self._setup.table(config.fixed_depth, config.fixed_nodes),
         shape=config.combined_shape_for(step.batch),
       )
+    if method == "fixed":
+      fixed = policy.Fixed(
+        depth=jnp.int32(config.fixed_depth),
+        nodes=jnp.int32(config.fixed_nodes),
+      )
+      return dict(
+        drafter=speculation_setup.EAGLE,
+        policy=fixed,
+        shape=config.fixed_shape_for(step.batch),
+      )
     shape = config.shape_for(step.batch)
     if method == "oracle":
       known = oracle.Oracle.create(expected, lengths, shape)
@@ -338,8 +348,6 @@ class Measurer:
   def _policy(self, step: Step) -> Any:
     config, shape = self._config, self._config.shape
     match step.method:
-      case "fixed":
-        return self._setup.table(config.fixed_depth, config.fixed_nodes)
       case "eagle2":
         return self._setup.table(min(6, shape.max_depth), config.fixed_nodes)
       case "fixed_same":

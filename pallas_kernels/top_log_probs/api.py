@@ -25,7 +25,7 @@ def top_log_probs(
     width: at most vocab_size.
     implementation: "triton" (vocab_size <= 32,768), "xla", "reference", a
       sequence to try in order, or None for what `dispatch.preferring` names,
-      "xla" where it names none.
+      else the platform's default.
 
   Returns:
     int32 tokens [..., width], among equals the lower first, and float32
@@ -47,6 +47,6 @@ def top_log_probs(
     width,
     f"width <= {logits.shape[-1]}",
   )
-  if implementation is None:  # no card has measured "triton" yet
-    implementation = dispatch.preferred("top_log_probs", "xla")
+  if implementation is None:
+    implementation = dispatch.preferred("top_log_probs")
   return dispatch.dispatch(IMPLEMENTATIONS, implementation, logits, int(width))

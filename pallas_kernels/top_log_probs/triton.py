@@ -1,7 +1,8 @@
 """Triton kernel for NVIDIA GPUs: a row of logits stays in registers.
 
-On an H100, XLA's own kernel takes 21 us for 8 of 4,096 logits of 8 rows, and
-the log-sum-exp is two or three launches more.
+8 of 4,096 logits of 8 rows take 13.0 us on an H200 (8 warps; 2, 4, 16 warps
+19.9, 12.2, 13.7), by XLA 28.3, of which its top-k is 21 and the log-sum-exp two
+or three launches.
 """
 
 import functools

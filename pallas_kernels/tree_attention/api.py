@@ -42,7 +42,7 @@ def tree_attention(
     scale: softmax scale; default head_dim ** -0.5.
     implementation: "triton" (head_dim a power of two from 16 to 256; no
       gradient), "xla", "reference", a sequence to try in order, or None for
-      what `dispatch.preferring` names, "xla" where it names none.
+      what `dispatch.preferring` names, else the platform's default.
 
   Returns:
     [batch, q_len, num_heads, head_dim], dtype of q.
@@ -71,8 +71,8 @@ def tree_attention(
   checks.check_shape("tree_mask", tree_mask, axes, (batch, q_len, tree_len))
   checks.check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
   checks.check_scale(scale)
-  if implementation is None:  # no card has measured "triton" yet
-    implementation = dispatch.preferred("tree_attention", "xla")
+  if implementation is None:
+    implementation = dispatch.preferred("tree_attention")
   return dispatch.dispatch(
     IMPLEMENTATIONS,
     implementation,

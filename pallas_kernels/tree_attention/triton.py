@@ -5,7 +5,9 @@ back end is about a dozen kernels a layer. Here a program holds a tile of the
 queries that share a key head and walks the cache's valid slots, then the new
 tokens. Where the cache is long, several programs share it, one more has the new
 tokens, and a second kernel merges what they found. Arrays are read and written
-as they lie.
+as they lie. On an H200, a layer of 2 key heads of 64 and 300 slots: one token
+8.3 us (XLA 11.6), 8 tokens 10.7 (17.9), 64 tokens 10.1 (19.3); float32 12.4
+(14.4), 64 tokens 19.8 (18.8); one token at 30,000 slots 22.8 (17.3).
 """
 
 import functools

@@ -44,8 +44,8 @@ def test_contexts_nest(top):
       assert top() == ["one"]
       with dispatch.preferring(top_log_probs=None):
         assert top() == ["one", "xla"]
-      assert dispatch.preferred("tree_attention", "xla") == "triton"
-  assert dispatch.preferred("tree_attention", "xla") == "xla"
+      assert dispatch.preferred("tree_attention") == "triton"
+  assert dispatch.preferred("tree_attention") is None
 
 
 def test_a_sequence_is_tried_in_order(top, monkeypatch):

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from unisparse_jax import attention, models
-from unisparse_jax.models import kv_cache, prompt_pass, sampling
+from unisparse_jax import models
+from unisparse_jax.models import sampling
 from unisparse_jax.speculative import (
   plain_steps,
   statistics,
@@ -84,101 +84,6 @@ class DecodeState:
   log: statistics.StepLog
 
 
-@functools.partial(
-  jax.jit, static_argnames=("attention_fn", "settings", "drafter_attention_fn")
-)
-def prefill(
-  target: models.Decoder,
-  drafter: base.Drafter,
-  policy: policy_lib.Policy,
-  tokens: Int[Array, "batch q_len"],
-  lengths: Int[Array, " batch"],
-  limits: Int[Array, " batch"],
-  keys: Any,
-  *,
-  attention_fn: Any,
-  settings: Settings,
-  drafter_attention_fn: Any = None,
-) -> DecodeState:
-  """Runs the prompts through target and drafter and draws the first token.
-
-  Args:
-    target: the model whose output is produced.
-    drafter: proposes tokens.
-    policy: sizes the trees.
-    tokens: int32 [batch, q_len], right-padded.
-    lengths: int32 [batch], valid tokens.
-    limits: int32 [batch], see `DecodeState`.
-    keys: see `DecodeState`.
-    attention_fn: how target and drafter attend in the prompt.
-    settings: static.
-    drafter_attention_fn: see `generate`.
-
-  Returns:
-    The state after one token a row.
-  """
-  if drafter_attention_fn is None:
-    # Settings by layer are the target's own.
-    is_layered = hasattr(attention_fn, "for_layer")
-    drafter_attention_fn = (
-      attention.DenseAttention() if is_layered else attention_fn
-    )
-  batch, q_len = tokens.shape
-  shape = settings.shape
-  cache = kv_cache.KVCache.init(
-    target.config, batch=batch, capacity=settings.capacity, dtype=target.dtype
-  )
-  last, cache, taps = prompt_pass.prompt_pass(
-    target,
-    tokens,
-    lengths,
-    cache,
-    attention_fn=attention_fn,
-    chunk=settings.chunk,
-    is_empty=True,
-    taps=_taps(target, drafter),
-  )
-  noise = None
-  if keys is not None:
-    noise = sampling.noise_at(keys, lengths, target.config.vocab_size)
-  first = sampling.draw_with_noise(settings.sampler, target.logits(last), noise)
-  buffer = jnp.pad(tokens, ((0, 0), (0, settings.capacity - q_len)))
-  buffer = tree.write_rows(buffer, first[:, None], lengths)
-  committed = base.Committed(
-    tokens=tokens,
-    next_tokens=buffer[:, 1 : q_len + 1],
-    start=jnp.zeros((batch,), jnp.int32),
-    counts=lengths,
-    taps=taps,
-  )
-  drafter_state = drafter.extend(
-    target,
-    drafter.init(target, batch=batch, capacity=settings.capacity),
-    committed,
-    is_prefill=True,
-    attention_fn=drafter_attention_fn,
-  )
-  lengths = lengths + 1
-  return DecodeState(
-    tokens=buffer,
-    lengths=lengths,
-    limits=limits,
-    done=_is_any(first, settings.eos_ids) | (lengths >= limits),
-    keys=keys,
-    cache=models.TreeCache.from_cache(cache),
-    drafter_state=drafter_state,
-    policy_state=policy.init_state(batch),
-    log=statistics.StepLog.init(
-      max_steps=settings.max_steps,
-      batch=batch,
-      max_nodes=shape.max_nodes,
-      max_depth=shape.max_depth,
-      with_trees=settings.log_trees,
-      is_packed=bool(shape.packed),
-    ),
-  )
-
-
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def decode(
   target: models.Decoder,
@@ -192,9 +97,9 @@ def decode(
   """Steps until every row is done, or `num_steps` more were taken.
 
   Args:
-    target: see `prefill`.
-    drafter: see `prefill`.
-    policy: see `prefill`.
+    target: the model whose output is produced.
+    drafter: proposes tokens.
+    policy: sizes the trees.
     state: donated.
     num_steps: int32 scalar; data, so its value does not compile anew.
     settings: static.
@@ -209,7 +114,7 @@ def decode(
     return jnp.any(~state.done) & (state.log.num_steps < last_step)
 
   def is_end(tokens):
-    return _is_any(tokens, settings.eos_ids)
+    return is_any(tokens, settings.eos_ids)
 
   def step(state):
     return _step(target, drafter, policy, state, settings)
@@ -243,7 +148,7 @@ def decode(
       is_end=is_end,
       shape=settings.shape,
       sampler=settings.sampler,
-      taps=_taps(target, drafter),
+      taps=taps_of(target, drafter),
     )
     # At most one round; see `plain_steps` for why this is a loop.
     _, state = lax.while_loop(
@@ -304,7 +209,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     state.keys,
     shape=shape,
     sampler=settings.sampler,
-    taps=_taps(target, drafter),
+    taps=taps_of(target, drafter),
     probabilities=draft.probabilities,
   )
   acceptance, keys_new, values_new, taps = result
@@ -313,7 +218,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   emitted = acceptance.tokens
   index = jnp.arange(shape.max_depth + 1, dtype=jnp.int32)[None, :]
   count = jnp.minimum(acceptance.accept_len + 1, state.limits - state.lengths)
-  is_end = _is_any(emitted, settings.eos_ids)
+  is_end = is_any(emitted, settings.eos_ids)
   end = jnp.where(is_end, index, shape.max_depth + 1)
   count = jnp.minimum(count, jnp.min(end, axis=-1) + 1)
   count = jnp.where(active, count, 0)
@@ -363,7 +268,8 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   )
 
 
-def _taps(target, drafter) -> tuple[int, ...]:
+def taps_of(target: models.Decoder, drafter: base.Drafter) -> tuple[int, ...]:
+  """Layers of the target whose input the drafter reads."""
   if not drafter.needs_taps:
     return ()
   own = getattr(drafter, "tap_layers", None)
@@ -372,6 +278,9 @@ def _taps(target, drafter) -> tuple[int, ...]:
   return models.tap_layers(target.config.num_layers)
 
 
-def _is_any(tokens, eos_ids: tuple[int, ...]):
+def is_any(
+  tokens: Int[Array, "..."], eos_ids: tuple[int, ...]
+) -> Bool[Array, "..."]:
+  """Which tokens are one of `eos_ids`."""
   found = [tokens == eos_id for eos_id in eos_ids]
   return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))

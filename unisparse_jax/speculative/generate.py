@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from pallas_kernels import checks
 from unisparse_jax import attention, models
 from unisparse_jax.models import arguments, decoder, sampling
-from unisparse_jax.speculative import engine, statistics, tree
+from unisparse_jax.speculative import engine, prefill, statistics, tree
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative.drafters import base
 
@@ -236,7 +236,7 @@ def prepare(
     log_trees=log_trees,
     chunk=chunk,
   )
-  state = engine.prefill(
+  state = prefill.prefill(
     target,
     drafter,
     policy,

@@ -41,6 +41,10 @@ class TreeShape:
     packed: total numbers of nodes over all rows that verification is compiled
       for, ascending, or () for `buckets` nodes in every row. Rows then share
       the last of them by score, up to max_nodes each.
+    level_block: levels past base_depth that are drafted between two looks at
+      the depth asked for; what was drafted too deep is left out of the tree.
+      Every look makes a GPU wait for the host: on an H200 a level behind one
+      costs 0.09 ms and one without 0.05.
     unroll: trace the levels one by one. In a loop, which compiles faster, XLA
       copies the drafter's cache at every step (seen in the compiled program on
       JAX 0.11.2, CPU), since the cache is written after the loop.
@@ -52,11 +56,13 @@ class TreeShape:
   buckets: tuple[int, ...] = (1, 24, 40, 64)
   static_levels: tuple[tuple[tuple[int, int], ...], ...] = ()
   packed: tuple[int, ...] = ()
+  level_block: int = 1
   unroll: bool = True
 
   def __post_init__(self):
     checks.check_positive_int("width", self.width)
     checks.check_positive_int("base_depth", self.base_depth)
+    checks.check_positive_int("level_block", self.level_block)
     checks.check_non_negative_int("max_depth", self.max_depth)
     if self.max_depth == 0:
       object.__setattr__(self, "max_depth", self.base_depth)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +213,34 @@ def test_cache_of_another_batch(model, setup):
   )
   with pytest.raises(ValueError, match=r"^cache must have the model"):
     models.tree_forward(model, tokens, positions, mask, cache)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_repeating_the_last_token_changes_nothing(
+  model, setup, monkeypatch, count
+):
+  """What a GPU does for few rows, done here."""
+  _, tokens, positions, mask, cache = setup
+  some = slice(0, count)
+  args = (model, tokens[:, some], positions[:, some], mask[:, some, some])
+
+  def run():
+    return jax.jit(functools.partial(models.tree_forward, taps=(0, 1)))(
+      *args, cache
+    )
+
+  # The package exports the function under the module's name.
+  module = importlib.import_module("unisparse_jax.models.tree_forward")
+  expected = run()
+  monkeypatch.setitem(module._LEAST_ROWS, "cpu", 16)
+  traced = []
+  monkeypatch.setattr(
+    module,
+    "_padded",
+    lambda *a, padded=module._padded: (traced.append(1), padded(*a))[1],
+  )
+  found = run()
+  assert traced == [1]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected
+  )

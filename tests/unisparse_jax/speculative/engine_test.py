@@ -637,3 +637,28 @@ def test_drafter_of_another_vocabulary(target, prompts):
   )
   with pytest.raises(ValueError, match=r"^drafter vocab_size must serve"):
     run(target, drafter, prompts)
+
+
+@pytest.mark.parametrize(("depth", "drafted"), [(2, 2), (3, 4), (4, 4), (5, 5)])
+def test_blocks_of_levels_give_the_same_trees(
+  target, other_model, prompts, plain, depth, drafted
+):
+  """What is drafted past the depth asked for is in no tree."""
+  policy = hetero(depth=[depth] * 8, nodes=[12] * 8)
+  one, two = (
+    run(
+      target,
+      speculative.SmallDecoder(model=other_model),
+      prompts,
+      policy=policy,
+      shape=dataclasses.replace(ONE_SIZE, max_depth=5, level_block=block),
+    )
+    for block in (1, 2)
+  )
+  np.testing.assert_array_equal(one.tokens, plain)
+  np.testing.assert_array_equal(two.tokens, plain)
+  for name in ("num_emitted", "nodes", "depth"):
+    np.testing.assert_array_equal(one.log.column(name), two.log.column(name))
+  for result, levels in ((one, depth), (two, drafted)):
+    column = result.log.column("draft_levels")[: int(result.log.num_steps)]
+    assert set(np.asarray(column).max(axis=-1)) == {levels}

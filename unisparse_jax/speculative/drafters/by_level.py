@@ -173,8 +173,7 @@ def draft_by_level(
   if shape.max_depth > shape.base_depth:
     deepest = jnp.max(jnp.where(context.active, decision.depth, 0))
     deepest = jnp.minimum(deepest, shape.max_depth)
-    extra = shape.max_depth - shape.base_depth
-    carry = _extend(carry, deepest, deepen, extra, unroll=shape.unroll)
+    carry = _extend(carry, deepest, deepen, shape.base_depth, shape)
   # [1, pool_size] against [batch, 1]
   too_deep = jnp.asarray(_pool_levels(shape))[None, :] > decision.depth[:, None]
   pool = dataclasses.replace(
@@ -189,21 +188,24 @@ def draft_by_level(
   )
 
 
-def _extend(carry: _Carry, deepest, deepen, extra: int, *, unroll: bool):
-  """Up to `extra` more levels, while the frontier is above `deepest`."""
+def _extend(carry: _Carry, deepest, deepen, level: int, shape: tree.TreeShape):
+  """More levels, while the frontier, at `level`, is above `deepest`."""
 
   def wants_more(carry: _Carry):
     return carry.frontier.level < deepest
 
-  if not unroll:
+  if not shape.unroll:
     return lax.while_loop(wants_more, deepen, carry)
-  if extra == 0:
+  if level == shape.max_depth:
     return carry
+  next_level = min(level + shape.level_block, shape.max_depth)
 
-  def one_more(carry: _Carry):
-    return _extend(deepen(carry), deepest, deepen, extra - 1, unroll=True)
+  def more(carry: _Carry):
+    for _ in range(next_level - level):
+      carry = deepen(carry)
+    return _extend(carry, deepest, deepen, next_level, shape)
 
-  return lax.cond(wants_more(carry), one_more, lambda carry: carry, carry)
+  return lax.cond(wants_more(carry), more, lambda carry: carry, carry)
 
 
 def _pool_levels(shape: tree.TreeShape) -> np.ndarray:
