@@ -238,7 +238,6 @@ CARD_TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3}
 @pytest.mark.gpu
 class TestOnTheCard(suite.JittedSuite):
   implementation = "mosaic_gpu"
-  extreme_case = "ragged"
 
   @pytest.fixture(autouse=True)
   def sizes_of_the_card(self, monkeypatch):

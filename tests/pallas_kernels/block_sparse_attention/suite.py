@@ -64,6 +64,8 @@ def make_case(name, dtype=jnp.float32, minimum=0):
     causal=causal,
     q_offset=jnp.asarray(q_offset, jnp.int32),
     kv_len=None if valid is None else jnp.asarray(valid, jnp.int32),
+    # No power of two: whoever rounds a product of q and it moves the logits.
+    scale=1.5 * head_dim**-0.5,
   )
   # On the host at once: reading a device's array row by row takes minutes.
   lists, lengths = np.asarray(indices), np.asarray(counts)
@@ -150,8 +152,6 @@ class BlockSparseAttentionSuite:
   """Every back end must pass it; a subclass names its `implementation`."""
 
   implementation: str
-  # Of a scale that is no power of two: a rounded product of q and it shows.
-  extreme_case = "bidirectional"
 
   def op(self, settings):
     """The op as a function of its arrays."""
@@ -164,13 +164,17 @@ class BlockSparseAttentionSuite:
   def run(self, arrays, settings):
     return self.op(settings)(*arrays)
 
+  def expect(self, arrays, settings, kept):
+    """out and lse in float64."""
+    return helpers.numpy_attention(*arrays[:3], kept, scale=settings["scale"])
+
   @pytest.mark.parametrize("name", CASES)
   @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
   def test_matches_float64(self, name, dtype):
     arrays, settings, kept = make_case(name, jnp.dtype(dtype))
     out, lse = self.run(arrays, settings)
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
-    expected_out, expected_lse = helpers.numpy_attention(*arrays[:3], kept)
+    expected_out, expected_lse = self.expect(arrays, settings, kept)
     helpers.assert_same(out, expected_out, TOLERANCE[dtype])
     helpers.assert_same(lse, expected_lse, 2e-6)  # measured 6e-8
 
@@ -184,7 +188,7 @@ class BlockSparseAttentionSuite:
     kept[0, 0, -settings["block_q"] :] = np.tril(
       np.ones((q.shape[1], k.shape[1]), bool)
     )[-settings["block_q"] :]
-    expected, _ = helpers.numpy_attention(q, k, v, kept)
+    expected, _ = self.expect((q, k, v), settings, kept)
     with pytest.raises(AssertionError):
       helpers.assert_same(out, expected, TOLERANCE["bfloat16"])
 
@@ -199,6 +203,7 @@ class BlockSparseAttentionSuite:
   def test_full_lists_are_dense_attention(self):
     (q, k, v, indices, counts), settings, _ = make_case("no_gqa")
     full = jnp.full_like(counts, indices.shape[-1])
+    settings.pop("scale")  # by default that of the head dim
     out, _ = self.run((q, k, v, indices, full), settings)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
@@ -208,11 +213,11 @@ class BlockSparseAttentionSuite:
   @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
   def test_extreme_logits(self, dtype):
     arrays, settings, kept = make_case(
-      self.extreme_case, jnp.dtype(dtype), minimum=100
+      "bidirectional", jnp.dtype(dtype), minimum=100
     )
     arrays = extremes(arrays)["large logits"]
     out, lse = self.run(arrays, settings)
-    expected, expected_lse = helpers.numpy_attention(*arrays[:3], kept)
+    expected, expected_lse = self.expect(arrays, settings, kept)
     helpers.assert_same(out, expected, max(1e-3, TOLERANCE[dtype]))
     helpers.assert_same(lse, expected_lse, 2e-6)
 
