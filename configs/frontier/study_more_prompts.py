@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More prompts at 131,072 tokens where 8 a task do not separate patterns.
+
+One lost prompt of 32 is 3% of the score, which decides alone whether a budget
+keeps 99%. Here every budget is measured, not searched for.
+
+Run:     python -m experiments.frontier
+           --config=configs/frontier/study_more_prompts.py:out/study_long
+           --workdir=out/study_long/more_prompts
+Device:  one H100 or H200, four minutes.
+Expect:  to be filled from the first recorded run.
+"""
+
+from configs.frontier import study
+
+_VALUES = {
+  "one threshold": ((8.0, 8.0), (4.0, 4.0), (2.0, 2.0)),
+  "unisparse": (0.8, 0.85),
+  "minference": ((("vertical_slash", 500, 700),),),
+  "sample v1": (0.8,),
+}
+
+
+def get_config(root: str = "out/study_long"):
+  config = study.get_config(root)
+  sweeps = {sweep["label"]: sweep for sweep in config.sweeps}
+  config.sweeps = tuple(
+    dict(sweeps[label], values=values) for label, values in _VALUES.items()
+  )
+  config.lengths = (131_072,)
+  config.search = False
+  config.samples = 24
+  config.max_seconds = 240.0
+  return config
