@@ -13,10 +13,12 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.long_context \
 	  --config=configs/long_context/demo.py --workdir=out/demo
 
-# Most tests are many programs that run for moments, and most of their time goes
-# into XLA's newer, slower code generator. Where it matters what the compiler
-# makes of a program (`optimised`), it stays.
-QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+# Most tests are many programs that run for moments: their time goes into the
+# compiler, into XLA's newer code generator above all and into cutting programs
+# for threads, of which no core is free. Where it matters what the compiler makes
+# of a program (`optimised`), all stays as users have it.
+QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
+  --xla_cpu_parallel_codegen_split_count=1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/.dev lint

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of block-sparse attention beside its peers, on the same inputs.
 
+The same values within JAX; PyTorch draws its own of the same distribution, and
+takes the same block lists.
+
 For each size and density: our kernel; once for each size: the dense peers
 (cuDNN through JAX, JAX's own Mosaic GPU kernel, tokamax, PyTorch's
 FlashAttention-2 and cuDNN) and, at each density, PyTorch's FlexAttention with
 the same block mask. TFLOP/s count the products of the kept blocks; the causal
-half of all pairs for dense peers. With `captured`, also on what a model's
-layers saw in a real prompt, with the masks that patterns make of it. Writes
+half of all pairs for dense peers; a selection's time is printed as a share of
+the fastest dense peer's. With `captured`, also on what a model's layers saw in
+a real prompt, with the masks that patterns make of it. Writes
 WORKDIR/records.jsonl, a line a measurement, and WORKDIR/speed.png.
 """
 
@@ -113,9 +117,10 @@ def add_ratios(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     measured: records; those with an error or of selection alone are kept.
 
   Returns:
-    Copies with "best_dense" (name), "speed_up" (time of the best dense peer
-    over this time) and "rate_ratio" (this TFLOP/s over the best peer's), where
-    that size and direction has a dense peer.
+    Copies with "best_dense" (name) where that size and direction has a dense
+    peer, "speed_up" (its time over this time) and "rate_ratio" (this TFLOP/s
+    over its own), or, of a selection alone, "selection_share" (this time over
+    the peer's).
   """
   best: dict[tuple, dict[str, Any]] = {}
   for record in measured:
@@ -129,7 +134,11 @@ def add_ratios(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     peer = best.get(_size(record))
     if peer and "median_ms" in record:
       row["best_dense"] = peer["method"]
-      row["speed_up"] = peer["median_ms"] / record["median_ms"]
+      share = record["median_ms"] / peer["median_ms"]
+      if "selection" in (record["method"], record.get("what")):
+        row["selection_share"] = share
+      else:
+        row["speed_up"] = 1.0 / share
       if "tflops" in record:
         row["rate_ratio"] = record["tflops"] / peer["tflops"]
     rows.append(row)
@@ -156,7 +165,8 @@ def _line(record):
 def _table(rows):
   table = rich.table.Table(title="Attention, one layer")
   columns = [c for c in _NAMES if any(c in row for row in rows)]
-  for column in (*columns, "ms", "TFLOP/s", "times best dense", "rate ratio"):
+  ratios = ("times best dense", "rate ratio", "selection / best dense")
+  for column in (*columns, "ms", "TFLOP/s", *ratios):
     table.add_column(column, justify="right")
   for row in rows:
     if "median_ms" not in row:
@@ -167,6 +177,7 @@ def _table(rows):
       f"{row['tflops']:.0f}" if "tflops" in row else "",
       f"{row['speed_up']:.2f}" if "speed_up" in row else "",
       f"{row['rate_ratio']:.2f}" if "rate_ratio" in row else "",
+      f"{row['selection_share']:.1%}" if "selection_share" in row else "",
     )
   return table
 

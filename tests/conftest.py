@@ -13,11 +13,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Where it matters what the compiler makes of a program, or where another
-# process must give the same bits.
-_OPTIMISED = {"pallas_kernels", "attention", "training"}
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
   """Less optimisation: most tests are many programs that run for moments.
@@ -34,22 +29,24 @@ def pytest_runtest_setup(item):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marks
-def pytest_collection_modifyitems(config, items):
-  """Marks what is `optimised` by its folder.
+def pytest_collection_modifyitems(items):
+  """Compiles as for users what runs on a GPU, the only reason to skip here.
 
-  Skips `gpu` tests on machines without one: the only skip of this kind.
+  On a CPU the mark stands where it matters what the compiler makes of a
+  program: back ends by XLA, programs for TPUs, the same bits in two processes.
   """
-  for item in items:
-    if _OPTIMISED & set(item.path.relative_to(config.rootpath).parts):
-      item.add_marker("optimised")
-  if jax.default_backend() == "gpu":
-    return
+  has_gpu = jax.default_backend() == "gpu"
   for item in items:
     if item.get_closest_marker("gpu"):
-      item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+      item.add_marker("optimised")
+      if not has_gpu:
+        item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def pytest_collection_finish():
   """Keeps what the imports made out of every garbage collection to come."""
   gc.collect()
   gc.freeze()
+  # Tracing makes many small objects and few cycles: by default a collection
+  # comes so often that a tenth of the time goes into them.
+  gc.set_threshold(50_000, 20, 50)

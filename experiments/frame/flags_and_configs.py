@@ -41,14 +41,25 @@ def define() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     lock_config=True,
   )
   flags.mark_flag_as_required("config")
+  _list_in_help(config)
+  return config, define_workdir()
+
+
+@functools.cache
+def define_workdir() -> flags.FlagHolder:
+  """Defines --workdir alone, at the top of a main that takes no config."""
   workdir = flags.DEFINE_string(
     "workdir", None, "Folder for everything that is written.", required=True
   )
-  for holder in (config, workdir):  # --help lists the flags of a main itself.
-    flags.FLAGS.register_key_flag_for_module(
-      sys.argv[0], flags.FLAGS[holder.name]
-    )
-  return config, workdir
+  _list_in_help(workdir)
+  return workdir
+
+
+def _list_in_help(holder):
+  """As a flag of the main itself, which --help lists."""
+  flags.FLAGS.register_key_flag_for_module(
+    sys.argv[0], flags.FLAGS[holder.name]
+  )
 
 
 def start_jax(workdir: str | os.PathLike | None = None):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import types
 
 import numpy as np
 import pytest
+import rich.console
 
 from configs.attention_speed import default, million, quick, smoke, targets
 from experiments import attention_speed
@@ -60,19 +62,28 @@ def test_ratios_are_to_the_fastest_dense_peer_of_the_size():
     size = {"length": 8, "head_dim": 64, "direction": "forward", **size}
     return {"method": method, "median_ms": ms, "tflops": tflops, **size}
 
-  ours, slow, fast, other, flex = attention_speed.add_ratios(
+  rows = attention_speed.add_ratios(
     [
       record("ours", 1.0, 500.0),
       record("cudnn", 4.0, 400.0),
       record("torch_cudnn", 3.0, 600.0),
       record("cudnn", 1.0, 900.0, length=16),
       record("torch_flex", 0.5, 100.0),
+      dict(method="selection", length=8, head_dim=64, median_ms=0.06),
     ]
   )
+  ours, slow, fast, other, flex, chosen = rows
   assert ours["best_dense"] == "torch_cudnn"
   assert ours["speed_up"] == 3.0 and ours["rate_ratio"] == 500 / 600
   assert slow["speed_up"] == 0.75 and fast["speed_up"] == 1.0
   assert other["speed_up"] == 1.0 and flex["speed_up"] == 6.0
+  assert chosen["selection_share"] == pytest.approx(0.02)
+  assert "speed_up" not in chosen
+  printed = io.StringIO()
+  console = rich.console.Console(file=printed, width=200)
+  console.print(attention_speed._table(rows))
+  (line,) = (x for x in printed.getvalue().splitlines() if "selection │" in x)
+  assert "2.0%" in line
 
 
 @pytest.mark.parametrize(

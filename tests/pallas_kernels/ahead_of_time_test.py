@@ -21,6 +21,7 @@ from pallas_kernels.column_score_sampling import mosaic_tpu as columns_tpu
 from pallas_kernels.column_score_sampling import triton as columns_triton
 from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
+from pallas_kernels.composite_scores import reference as scores_reference
 from pallas_kernels.composite_scores import triton as scores_triton
 from pallas_kernels.logistic_likelihood import triton as likelihood_triton
 from pallas_kernels.top_log_probs import triton as top_triton
@@ -187,6 +188,21 @@ def test_triton_kernel_lowers_for_cuda(name, capability):
     verify(module)
 
 
+def test_the_matrix_of_composite_scores_is_never_an_array():
+  def shapes_of(module):
+    fn, shapes = scores(module)
+    if module is scores_triton:
+      lowered = ahead_of_time.lower_for_cuda(fn, shapes, 90)
+    else:
+      lowered = jax.jit(fn).lower(*shapes)
+    return lowered.as_text()
+
+  count = LENGTH // 16
+  matrix = f"x{count}x{count}xf32>"
+  assert matrix in shapes_of(scores_reference)
+  assert matrix not in shapes_of(scores_triton)
+
+
 def test_a_module_that_triton_would_refuse_is_seen():
   # What a loop up to jnp.where(..., 1, 0) lowers to in JAX 0.11.2.
   loop = """
@@ -228,6 +244,7 @@ def test_triton_names_what_it_cannot_serve(changes, message):
     jax.eval_shape(fn, *shapes)
 
 
+@pytest.mark.optimised
 @needs_libtpu
 @pytest.mark.parametrize(
   ("tpu", "name"),
@@ -251,6 +268,7 @@ def test_tpu_kernel_compiles(tpu, name):
   assert compiled.cost_analysis()["flops"] > 0
 
 
+@pytest.mark.optimised
 @needs_libtpu
 def test_tpu_attention_memory_is_linear_in_length():
   def temporaries(length):

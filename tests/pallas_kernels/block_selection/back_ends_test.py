@@ -13,6 +13,7 @@ class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
+@pytest.mark.optimised
 class TestXla(suite.BlockSelectionSuite):
   implementation = "xla"
 

@@ -41,6 +41,7 @@ def make_case(dtype=jnp.float32, head_dim=64, causal=True):
   return (q, k, v, jnp.asarray(positions)), settings, kept
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("causal", [True, False])
 def test_xla_matches_float64(causal):
   arrays, settings, kept = make_case(head_dim=16, causal=causal)
@@ -62,6 +63,7 @@ def dense_attention(q, k, v, kept):
   return jnp.einsum("bhqc,bchd->bqhd", p / safe, v), jnp.swapaxes(lse, 1, 2)
 
 
+@pytest.mark.optimised
 def test_gradients_match_dense_attention():
   (q, k, v, positions), settings, kept = make_case(head_dim=16)
   # The second block of queries sees no column of the first unit.
@@ -85,6 +87,7 @@ def test_gradients_match_dense_attention():
     helpers.assert_same(a, e, 3e-6)
 
 
+@pytest.mark.optimised
 def test_gradients_of_many_blocks_are_summed_in_float32():
   num_blocks, block_q, count = 256, 8, 16
   q, k, v = helpers.make_qkv(
@@ -149,7 +152,38 @@ def test_matches_float64_on_the_card(head_dim, causal):
   attend = functools.partial(
     columns.column_attention, **settings, implementation="mosaic_gpu"
   )
-  out, lse = jax.jit(attend)(*arrays)
+  attend = jax.jit(attend)
+  out, lse = attend(*arrays)
   expected, expected_lse = helpers.numpy_attention(*arrays[:3], kept)
   helpers.assert_same(out, expected, 4e-3)
   helpers.assert_same(lse, expected_lse, 4e-3)
+  for a, b in zip((out, lse), attend(*arrays), strict=True):
+    np.testing.assert_array_equal(
+      np.asarray(a, np.float32), np.asarray(b, np.float32)
+    )
+
+
+@pytest.mark.gpu
+def test_gradients_match_dense_attention_on_the_card():
+  (q, k, v, positions), settings, kept = make_case(jnp.bfloat16)
+  attend = functools.partial(
+    columns.column_attention,
+    positions=positions,
+    **settings,
+    implementation="mosaic_gpu",
+  )
+  dense = functools.partial(dense_attention, kept=jnp.asarray(kept))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(attend, *arrays):
+    (out, lse), pull = jax.vjp(attend, *arrays)
+    d_out = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    d_out = d_out.astype(jnp.bfloat16).astype(out.dtype)
+    return pull((d_out, jnp.where(jnp.isinf(lse), 0.0, 1.0)))
+
+  actual = gradient(attend, q, k, v)
+  with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = gradient(dense, *wide)
+  for a, e in zip(actual, expected, strict=True):
+    helpers.assert_same(a.astype(jnp.float32), e, 1e-2)

@@ -82,10 +82,17 @@ def test_lowers_for_settings(settings):
 
 
 @needs_pallas
-@pytest.mark.parametrize("block", [64, 128])
-def test_gradient_lowers(block):
+@pytest.mark.parametrize(
+  ("name", "block", "dtype"),
+  [("pylib_12m", 64, "bfloat16"), ("llama3_8b", 128, "float16")],
+)
+def test_gradient_lowers(name, block, dtype):
   text = lower(
-    arg_specs.MODELS["pylib_12m"], block_q=block, block_kv=block, gradient=True
+    arg_specs.MODELS[name],
+    block_q=block,
+    block_kv=block,
+    dtype=jnp.dtype(dtype),
+    gradient=True,
   )
   # The forward kernel and two of the backward pass.
   assert text.count("@mosaic_gpu") == 3
@@ -249,15 +256,9 @@ class TestOnTheCard(suite.JittedSuite):
   def test_matches_float64(self, name, dtype):
     super().test_matches_float64(name, dtype)
 
-  def test_extreme_logits(self):
-    (q, k, v, indices, counts), settings, kept = suite.make_case(
-      "square", minimum=4
-    )
-    q = (q * (1e4 / jnp.abs(q).max()).astype(q.dtype)).astype(q.dtype)
-    out, lse = self.run((q, k, v, indices, counts), settings)
-    expected, expected_lse = helpers.numpy_attention(q, k, v, kept)
-    helpers.assert_same(out, expected, CARD_TOLERANCE["bfloat16"])
-    helpers.assert_same(lse, expected_lse, CARD_TOLERANCE["bfloat16"])
+  @pytest.mark.parametrize("dtype", CARD_TOLERANCE)
+  def test_extreme_logits(self, dtype):
+    super().test_extreme_logits(dtype)
 
   @pytest.mark.parametrize("number_of_blocks", ["all", "one"])
   def test_uniform_rows(self, number_of_blocks):
@@ -288,27 +289,14 @@ class TestOnTheCard(suite.JittedSuite):
   )
   def test_gradients_match_reference(self, name, dtype):
     arrays, settings, _ = suite.make_case(name, jnp.dtype(dtype))
-
-    def gradient(implementation):
-      def loss(q, k, v):
-        out, lse = pallas_kernels.block_sparse_attention(
-          q, k, v, *arrays[3:], **settings, implementation=implementation
+    on_the_card = suite.gradient_of(settings, "mosaic_gpu", dtype)
+    reference = suite.gradient_of(settings, "reference", dtype)
+    for inputs in suite.extremes(arrays).values():
+      actual, again = (on_the_card(*inputs) for _ in range(2))
+      with jax.default_matmul_precision("highest"):
+        expected = reference(*suite.to_float32(inputs))
+      for a, b, e in zip(actual, again, expected, strict=True):
+        helpers.assert_same(a.astype(jnp.float32), e, 1e-2)
+        np.testing.assert_array_equal(
+          np.asarray(a, np.float32), np.asarray(b, np.float32)
         )
-        weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
-        weight = weight.astype(dtype).astype(jnp.float32)
-        finite = jnp.where(jnp.isinf(lse), 0.0, lse)
-        out = out.astype(jnp.float32).ravel()
-        return (out * weight).sum() + jnp.sin(finite).sum()
-
-      return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-
-    on_the_card = gradient("mosaic_gpu")
-    actual, again = (on_the_card(*arrays[:3]) for _ in range(2))
-    wide = (x.astype(jnp.float32) for x in arrays[:3])
-    with jax.default_matmul_precision("highest"):
-      expected = gradient("reference")(*wide)
-    for a, b, e in zip(actual, again, expected, strict=True):
-      helpers.assert_same(a.astype(jnp.float32), e, 1e-2)
-      np.testing.assert_array_equal(
-        np.asarray(a, np.float32), np.asarray(b, np.float32)
-      )

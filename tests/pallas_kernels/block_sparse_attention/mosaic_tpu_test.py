@@ -10,8 +10,6 @@ from tests.pallas_kernels.block_sparse_attention import suite
 
 class TestMosaicTpuInterpreted(suite.InterpretedSuite):
   implementation = "mosaic_tpu"
-  # By the same wrapper as triton's, which is tested.
-  test_gradients_match_reference = None
 
   @pytest.fixture(autouse=True)
   def interpret(self, monkeypatch):

@@ -14,6 +14,7 @@ class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
+@pytest.mark.optimised
 class TestXla(suite.ColumnScoreSamplingSuite):
   implementation = "xla"
 

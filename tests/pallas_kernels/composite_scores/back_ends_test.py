@@ -12,6 +12,7 @@ class TestReference(suite.BriefSuite):
   implementation = "reference"
 
 
+@pytest.mark.optimised
 class TestXla(suite.CompositeScoresSuite):
   implementation = "xla"
 

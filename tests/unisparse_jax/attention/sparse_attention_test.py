@@ -81,6 +81,7 @@ def test_one_column_more_is_seen():
     helpers.assert_same(attend(q, k, v, mask), expected, 2e-6)
 
 
+@pytest.mark.optimised
 def test_gradients_through_blocks_and_columns():
   q, k, v = helpers.make_qkv(q_len=96)
   mask = random_mask(q, k)

@@ -18,6 +18,7 @@ from tests.unisparse_jax.training import tiny_run
 from unisparse_jax import training
 
 ROOT = pathlib.Path(__file__).parents[3]
+pytestmark = pytest.mark.optimised
 
 
 def params_of(result: training.TrainResult):

@@ -63,15 +63,10 @@ class XAttention:
       q_offset=q_offset,
       kv_len=kv_len,
     )
-    forced = scoring.forced_blocks(
-      grid,
-      num_sink_blocks=self.num_sink_blocks if causal else 0,
-      num_local_blocks=0,
-    )
-    return scoring.select_blocks(
+    return scoring.best_blocks(
       grid,
       self.block_scores(q, k, grid, scale=scale),
-      forced,
+      num_sink_blocks=self.num_sink_blocks if causal else 0,
       top_p=self.top_p,
       max_blocks=self.max_blocks,
     )

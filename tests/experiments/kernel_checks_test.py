@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+import types
+
+import jax
+import pytest
+from absl import app
+
+from experiments import kernel_checks
+from experiments.kernels import kernel_cases
+from pallas_kernels import mosaic_gpu_backend
+from unisparse_jax import records
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+  """Runs main with a `compute-sanitizer` that finds what the test says."""
+
+  def run(script):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    holder = types.SimpleNamespace(value=str(tmp_path / "out"))
+    monkeypatch.setattr(kernel_checks, "_WORKDIR", holder)
+    with pytest.raises(SystemExit) as ended:
+      kernel_checks.main(["kernel_checks"])
+    return ended.value.code, records.read(
+      tmp_path / "out" / "kernel_checks.jsonl"
+    )
+
+  return run
+
+
+def test_a_finding_is_recorded_and_ends_with_one(run_main, tmp_path):
+  # $2: the tool; its last argument: the case. Allocations are apart.
+  status, found = run_main(
+    'test "$XLA_PYTHON_CLIENT_ALLOCATOR" = platform || exit 3\n'
+    'echo "========= ERROR SUMMARY: of $2"\n'
+    'for last; do :; done; test "$2 $last" != "racecheck columns" '
+    "|| exit 9"
+  )
+  assert status == 1
+  exits = {(r["what"], r["case"]): r["exit"] for r in found}
+  assert exits == {
+    (tool, case): 9 if (tool, case) == ("racecheck", "columns") else 0
+    for tool in kernel_checks.TOOLS
+    for case in kernel_cases.CASES
+  }
+  assert {r["summary"] for r in found if r["what"] == "memcheck"} == {
+    "ERROR SUMMARY: of memcheck"
+  }
+  printed = (tmp_path / "out" / "memcheck_sampled.txt").read_text()
+  assert printed == "========= ERROR SUMMARY: of memcheck\n"
+
+
+def test_a_tool_that_does_not_end_is_no_success(run_main, monkeypatch):
+  monkeypatch.setattr(kernel_checks, "LIMIT_S", 0.2)
+  status, found = run_main("exec sleep 60")
+  assert status == 1 and {r["exit"] for r in found} == {None}
+
+
+def test_a_missing_tool_is_named(monkeypatch):
+  monkeypatch.setattr(kernel_checks.shutil, "which", lambda name: None)
+  with pytest.raises(app.UsageError, match="compute-sanitizer must be found"):
+    kernel_checks.main(["kernel_checks"])
+
+
+def test_an_unknown_case_is_named():
+  with pytest.raises(ValueError, match=r"case must be.*'forward_128'"):
+    kernel_cases.main("forward")
+
+
+@pytest.mark.parametrize("name", ["backward_64", "columns", "sampled"])
+def test_cases_lower_for_cuda(name):
+  try:
+    mosaic_gpu_backend.pallas()
+  except NotImplementedError as error:
+    pytest.skip(str(error))
+  fn, arrays = kernel_cases.CASES[name]()
+  traced = jax.jit(fn).trace(*arrays)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  kernels = {"backward_64": 3, "columns": 1, "sampled": 2}
+  assert text.count("@mosaic_gpu") == kernels[name]
