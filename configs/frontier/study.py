@@ -7,8 +7,9 @@ Run:     python -m experiments.frontier
          Before, while the model trains, where its folder has config.json and
          tokenizer.json: --config.compile_only=True --workdir=out/study/compile
 Device:  one H100, at most max_seconds; what is wanted most comes first.
-Expect:  in 440 s 64K in full and 128K's answers; results/
-         frontier_study_h100.jsonl. 6 prompts a task do not separate patterns.
+Expect:  with 8 prompts a task and no calibration in 620 s of an H200 all
+         lengths in full: results/frontier_study_h200.jsonl. So few prompts do
+         not separate patterns; study_more_prompts.py takes more at 128K.
 """
 
 import ml_collections

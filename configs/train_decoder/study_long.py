@@ -9,8 +9,10 @@ Run:     python -m experiments.train_decoder
            --workdir=out/study_long/train
            --config.initial=out/study/train/model
          or TRAIN_CONFIG=configs/train_decoder/study_long.py scripts/study.sh
-Device:  one H100, 7 minutes: about 140 steps at 128K (2.1 s a step).
-Expect:  to be filled from the first recorded run.
+Device:  one H200, 7 minutes: 137 steps at 128K (1.9 s a step).
+Expect:  in 418 s of one H200 held-out loss 2.02 beyond 64K (2.10 before);
+         needles at 128K 0.83 to 1, chains of variables 0.38, questions 0.15;
+         results/train_study_long_h200.jsonl.
 """
 
 from configs.train_decoder import study
