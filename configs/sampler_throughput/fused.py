@@ -5,9 +5,9 @@ Run:     python -m experiments.sampler_throughput
            --config=configs/sampler_throughput/fused.py --workdir=out/speed
            [--config.target=simulated:2000:29]
 Device:  one NVIDIA GPU, about a minute.
-Expect:  results/sampler_throughput_fused_h100.jsonl, which swept other tiles: a
-         step takes 1.41 times the bare products on 2,000 rows (1.95 with the
-         likelihood by XLA) and 2.06 (2.47) on breast cancer.
+Expect:  on an H200 a step takes 1.01 times the bare products on 2,000 rows
+         (1.72 with the likelihood by XLA) and 1.66 (2.71) on breast cancer;
+         results/sampler_throughput_fused_h200.jsonl. _h100 swept other tiles.
 """
 
 import ml_collections

@@ -15,13 +15,13 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton_backend
 
 # Chains and rows of a tile, warps, pipeline stages, programs that share the
-# rows. On an H100, 10,000 chains of 31 coefficients and 569 rows (2,000 rows),
-# by the time of the two bare matrix products: 1.29 (1.26). Others: 64 rows 1.38
-# (1.39); 128 chains, 8 warps 1.38 (1.42); 16 chains, 128 rows 1.49 (1.40); 32
-# chains 2.8 (2.9); 128 rows, 8 warps 3.9 (3.7); "ieee" 3.1 (3.4) at best. XLA
-# 1.65 to 1.98 (1.69 to 1.77). Several programs for the rows, which would fill
-# the card better, have not met one.
-TILE = (64, 32, 4, 2, 1)
+# rows. 10,000 chains of 31 coefficients and 569 rows (2,000 rows of 30), by the
+# time of the two bare matrix products, on an H200: 0.91 (0.84); shared by 1, 2
+# and 8 programs 1.27, 0.99, 0.97 (1.28, 0.97, 0.86); tiles of 64 rows 0.94
+# (0.94), of 16 chains and 128 rows 1.33 (1.19); XLA 1.84 (1.53). On an H100
+# with one program: 1.29 (1.26); 64 rows 1.38 (1.39); 128 chains, 8 warps 1.38
+# (1.42); 32 chains 2.8 (2.9); 128 rows, 8 warps 3.9 (3.7); "ieee" 3.1 (3.4).
+TILE = (64, 32, 4, 2, 4)
 # How a product of float32 operands is made. "tf32x3": three tensor-core
 # products of their TensorFloat-32 parts, 21 bits or more; "ieee": fused
 # multiply-add, 24 bits.
@@ -64,7 +64,7 @@ def logistic_likelihood(
       f'triton needs dim <= 128; got dim={dim}. Use implementation="xla".'
     )
   tile_chains, tile_rows, num_warps, num_stages, *splits = tile or TILE
-  (splits,) = splits or (1,)
+  splits = min(*(splits or (1,)), pl.cdiv(num_rows, tile_rows))
   padded_dim = max(16, pl.next_power_of_2(dim))
   tiles_a_split = pl.cdiv(pl.cdiv(num_rows, tile_rows), splits)
   whole_rows = splits * tiles_a_split * tile_rows
