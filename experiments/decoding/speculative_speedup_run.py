@@ -155,6 +155,24 @@ class Measurer:
     if config.wants_artefact:
       self._artefact = calibration.load(config.artefact)
       self._artefact.check_drafter(self._setup.drafter_hash)
+      self._check_policies()
+
+  def _check_policies(self):
+    """Raises ValueError where the artefact lacks a policy, or it asks too much.
+
+    Before anything is measured.
+    """
+    config = self._config
+    for method in config_lib.CALIBRATED:
+      for batch in config.batches if method in config.methods else ():
+        step = Step(
+          kind="speed",
+          method=method,
+          domain=config.domains[0],
+          batch=batch,
+          temperature=0.0,
+        )
+        self._policy(step).check(config.shape_for(batch))
 
   def remember(self, record: Mapping[str, Any]):
     """Takes in a record: `fixed_same` needs that of `heterospec`."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head, calibration and measurement, one after the other, on a tiny model."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -107,6 +108,17 @@ def test_calibrates_measures_and_resumes(
   run(monkeypatch, speculative_speedup, config, workdir)
   assert len(records.read(workdir / "records.jsonl")) == len(lines)
 
+  # An artefact that lacks a policy, then one of another head.
+  fewer = dataclasses.replace(
+    artefact, tables=tuple(t for t in artefact.tables if t.name != "thrifty")
+  )
+  calibration.save(fewer, config.artefact)
+  config.methods = (*config.methods, "thrifty")
+  with pytest.raises(
+    ValueError, match=r"^name must be a table of the artefact"
+  ):
+    run(monkeypatch, speculative_speedup, config, tmp_path / "lacking")
+  assert not (tmp_path / "lacking" / "records.jsonl").exists()
   config.head = str(make_head(model_folder, tmp_path / "other", 1))
   with pytest.raises(ValueError, match="artefact must be fitted for this"):
     run(monkeypatch, speculative_speedup, config, tmp_path / "third")

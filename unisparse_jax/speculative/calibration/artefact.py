@@ -74,7 +74,10 @@ class Artefact:
     )
     if not found:
       names = sorted({t.name for t in self.tables})
-      raise ValueError(f"name must be one of {names}; got name={name!r}.")
+      raise ValueError(
+        f"name must be a table of the artefact; got name={name!r}; expected "
+        f"one of {names}, or another artefact."
+      )
     return next((t for t in found if t.batch >= batch), found[-1])
 
   def policy(

@@ -72,7 +72,7 @@ def test_the_next_larger_batch_and_no_drafts():
   made = artefact.policy("joint", batch=64, drafter_hash="abc")
   assert set(np.asarray(made.nodes)) == {0}
   assert made.declines  # or it would draft, and throw the drafts away
-  with pytest.raises(ValueError, match="name must be one of"):
+  with pytest.raises(ValueError, match="name must be a table of the artefact"):
     artefact.table("best", 1)
 
 
