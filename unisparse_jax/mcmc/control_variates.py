@@ -135,9 +135,10 @@ def poisson_terms(
       reference.covariance.
     precond_grad_fn: (info, reference) -> reference.covariance times the
       gradient at x; default info.precond_grad, for such a kernel.
-    coordinates: of the chain, where it samples z of `white_coordinates` with a
-      preconditioner of z near I; functions and reference are of x all the same,
-      what the two functions above return is of z. Four products with the root
+    coordinates: of the chain, where it samples z of `white_coordinates`, with
+      I as its preconditioner unless the two functions above are given, which
+      then return what is of z. Functions and reference are of x all the same,
+      reference.covariance that of `coordinates`. Four products with the root
       for each step.
 
   Returns:
