@@ -91,6 +91,10 @@ def test_calibrates_measures_and_resumes(
   assert policies["oracle"]["speedup"] >= policies["joint"]["speedup"] - 1e-9
 
   workdir = tmp_path / "speedup"
+  config.max_seconds = 0.0
+  run(monkeypatch, speculative_speedup, config, workdir)
+  assert not (workdir / "records.jsonl").exists()
+  config.max_seconds = None
   run(monkeypatch, speculative_speedup, config, workdir)
   lines = records.read(workdir / "records.jsonl")
   assert [r["method"] for r in lines] == list(config.methods)
