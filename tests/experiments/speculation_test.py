@@ -66,7 +66,7 @@ def small(model_folder, tmp_path):
   config.few_at = ()
   config.exact_prompts = 0
   config.long_prompts = ()
-  config.compile_threads = 0
+  config.compile_threads = 2
   config.calibration.update(
     prompts=2, batch_size=1, temperatures=(0.0,), new_tokens=24, alpha=2
   )
