@@ -51,12 +51,12 @@ def sanitize(tool: str, case: str, workdir: pathlib.Path) -> dict[str, Any]:
       cwd=pathlib.Path(__file__).parents[1],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
-      text=True,
       timeout=LIMIT_S,
     )
-    output, status = done.stdout, done.returncode
+    printed, status = done.stdout, done.returncode
   except subprocess.TimeoutExpired as expired:
-    output, status = (expired.stdout or b"").decode(errors="replace"), None
+    printed, status = expired.stdout or b"", None
+  output = printed.decode(errors="replace")
   (workdir / f"{tool}_{case}.txt").write_text(output, encoding="utf-8")
   summary = [x for x in output.splitlines() if "SUMMARY" in x]
   return {

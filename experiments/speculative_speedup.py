@@ -70,7 +70,8 @@ def measure_all(
     ValueError: the settings do not fit the model, the artefact is of another
       drafter, or the folder is not this run's.
   """
-  deadline = time.monotonic() + (config.max_seconds or math.inf)
+  limit = math.inf if config.max_seconds is None else config.max_seconds
+  deadline = time.monotonic() + limit
   folder = long_context_config.model_folder(config.target)
   config.check_model(models.load_hf_config(folder))
   head = speculation_config.head_folder(config.head)

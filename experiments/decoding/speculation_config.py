@@ -87,7 +87,8 @@ class SpeculationConfig:
     corpus: folder of a tokenised corpus; prompts are of its held-out split.
       "": the standard library, tokenised into the workdir.
     artefact: file that the calibration writes and the measurement reads.
-    shape: sizes of the tree of every method but the three below.
+    shape: sizes of the tree of every method but the three below; `fixed` is
+      compiled for the one depth and the largest sizes that it needs.
     packed: (batch, sizes...) of the batches whose rows share one verification;
       sizes count the nodes of all rows, roots included.
     chain_shape: of n-gram and suffix drafting.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import checks
 from unisparse_jax import mcmc
 
 SAMPLERS = ("gi_rwm", "gi_mala", "gi_hessian_mala", "gi_latent_gaussian")
@@ -46,15 +47,16 @@ class Row:
       ("dtype", ("float64", "float32")),
       ("coordinates", ("x", "white")),
     ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"{name} must be one of {allowed}; got {getattr(self, name)!r}."
-        )
-    if self.sampler == "gi_latent_gaussian" and self.coordinates == "white":
-      raise ValueError(
-        "coordinates must be 'x' for gi_latent_gaussian, which has its own; "
-        "got coordinates='white'."
-      )
+      checks.check_choice(name, getattr(self, name), allowed)
+    checks.require(
+      self.dim >= 2, "dim", "be >= 2, for products of two coordinates", self.dim
+    )
+    checks.require(
+      (self.sampler, self.coordinates) != ("gi_latent_gaussian", "white"),
+      "coordinates",
+      "be 'x' for gi_latent_gaussian, which has its own",
+      self.coordinates,
+    )
 
 
 class _Problem(NamedTuple):

@@ -70,20 +70,28 @@ def test_ratios_are_to_the_fastest_dense_peer_of_the_size():
       record("cudnn", 1.0, 900.0, length=16),
       record("torch_flex", 0.5, 100.0),
       dict(method="selection", length=8, head_dim=64, median_ms=0.06),
+      dict(
+        method="xattention",
+        what="selection",
+        length=8,
+        head_dim=64,
+        median_ms=0.3,
+      ),
     ]
   )
-  ours, slow, fast, other, flex, chosen = rows
+  ours, slow, fast, other, flex, chosen, captured = rows
   assert ours["best_dense"] == "torch_cudnn"
   assert ours["speed_up"] == 3.0 and ours["rate_ratio"] == 500 / 600
   assert slow["speed_up"] == 0.75 and fast["speed_up"] == 1.0
   assert other["speed_up"] == 1.0 and flex["speed_up"] == 6.0
   assert chosen["selection_share"] == pytest.approx(0.02)
-  assert "speed_up" not in chosen
+  assert captured["selection_share"] == pytest.approx(0.1)
+  assert not {"speed_up"} & {*chosen, *captured}
   printed = io.StringIO()
   console = rich.console.Console(file=printed, width=200)
   console.print(attention_speed._table(rows))
-  (line,) = (x for x in printed.getvalue().splitlines() if "selection │" in x)
-  assert "2.0%" in line
+  lines = [x for x in printed.getvalue().splitlines() if "selection │" in x]
+  assert "2.0%" in lines[0] and "10.0%" in lines[1] and len(lines) == 2
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,14 @@ def test_gaussian_exactness():
     assert one["max_relative_sd"] < limit < one["min_plain_relative_sd"]
     found.append({**dataclasses.asdict(row), **one})
   assert gaussian_exactness.table(found).row_count == 2
-  with pytest.raises(ValueError, match=r"sampler must be one of"):
-    gaussian_exactness_run.Row(sampler="mala", dim=2)
+  for changes, message in (
+    ({"sampler": "mala"}, r"sampler must be a known name.*'gi_mala'"),
+    ({"dim": 1}, r"dim must be >= 2"),
+    ({"sampler": "gi_latent_gaussian"}, r"coordinates must be 'x' for"),
+  ):
+    settings = {"sampler": "gi_mala", "dim": 2, **changes}
+    with pytest.raises(ValueError, match=message):
+      gaussian_exactness_run.Row(coordinates="white", **settings)
 
 
 @pytest.mark.parametrize("name", ["gaussian:3:1e6", "student_t:5:2"])

@@ -67,7 +67,7 @@ def small(model_folder, tmp_path):
   config.few_at = ()
   config.exact_prompts = 0
   config.long_prompts = ()
-  config.compile_threads = 0
+  config.compile_threads = 2
   config.calibration.update(
     prompts=2, batch_size=1, temperatures=(0.0,), new_tokens=24, alpha=2
   )
@@ -92,6 +92,10 @@ def test_calibrates_measures_and_resumes(
   assert policies["oracle"]["speedup"] >= policies["joint"]["speedup"] - 1e-9
 
   workdir = tmp_path / "speedup"
+  config.max_seconds = 0.0
+  run(monkeypatch, speculative_speedup, config, workdir)
+  assert not (workdir / "records.jsonl").exists()
+  config.max_seconds = None
   run(monkeypatch, speculative_speedup, config, workdir)
   lines = records.read(workdir / "records.jsonl")
   assert [r["method"] for r in lines] == list(config.methods)
@@ -156,6 +160,10 @@ def test_the_configs_are_well_formed():
       assert methods.index("heterospec") < methods.index("fixed_same")
     for batch in config.batches:
       assert config.shape_for(batch).max_nodes == config.shape.max_nodes
+      fixed = config.fixed_shape_for(batch)
+      assert fixed.base_depth == fixed.max_depth == config.fixed_depth
+      assert len(fixed.buckets) == 1 and len(fixed.packed) <= 1
+      assert config.fixed_nodes < fixed.max_nodes <= config.shape.max_nodes
   for module in (head_default, head_pylib, head_smoke):
     values = module.get_config()
     flags_and_configs.to_dataclass(

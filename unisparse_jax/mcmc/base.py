@@ -158,9 +158,8 @@ def check_parameters(step: Callable, state: Any, parameters: tuple):
   Raises:
     ValueError: a parameter that the step cannot use.
   """
-  check = getattr(step, "check", None)
-  if isinstance(step, TwoPhase | Kernel) and check is not None:
-    check(state, *parameters)
+  if isinstance(step, TwoPhase | Kernel) and step.check is not None:
+    step.check(state, *parameters)
 
 
 def dim_of_chains(state: Any) -> int:

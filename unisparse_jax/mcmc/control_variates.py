@@ -135,9 +135,10 @@ def poisson_terms(
       reference.covariance.
     precond_grad_fn: (info, reference) -> reference.covariance times the
       gradient at x; default info.precond_grad, for such a kernel.
-    coordinates: of the chain, where it samples z of `white_coordinates` with a
-      preconditioner of z near I; functions and reference are of x all the same,
-      what the two functions above return is of z. Four products with the root
+    coordinates: of the chain, where it samples z of `white_coordinates`, with
+      I as its preconditioner unless the two functions above are given, which
+      then return what is of z. Functions and reference are of x all the same,
+      reference.covariance that of `coordinates`. Four products with the root
       for each step.
 
   Returns:
@@ -150,6 +151,8 @@ def poisson_terms(
   covariance_fn = covariance_fn or constant_covariance
   precond_grad_fn = precond_grad_fn or (lambda info, _: info.precond_grad)
   structure = jax.tree.structure(functions)
+  shapes = list(map(jnp.shape, jax.tree.leaves(functions)))
+  num_terms = 3 if score else 2
 
   def values(x):
     return _values(functions, x)
@@ -158,10 +161,12 @@ def poisson_terms(
     if not given:
       return functions
     (others,) = given
+    same = jax.tree.structure(others) == structure
     checks.require(
-      jax.tree.structure(others) == structure,
+      same and list(map(jnp.shape, jax.tree.leaves(others))) == shapes,
       "functions",
-      "differ in arrays alone from those that the terms were made for",
+      "differ in arrays alone, and not in their shapes, from those that the "
+      "terms were made for",
       others,
       str(functions),
     )
@@ -199,9 +204,15 @@ def poisson_terms(
     return accumulators.Terms(values, jnp.stack(terms))
 
   def open_batch(accumulator, batch_size, reference, *given):
-    return batch_sums.open_batch(
-      accumulator, batch_size, chosen(given), reference
+    functions_ = chosen(given)
+    (num_functions,) = jax.eval_shape(values, reference.mean).shape
+    checks.check_shape(
+      "carry",
+      accumulator.centre,
+      ("1 + num_terms", "num_functions"),
+      (1 + num_terms, num_functions),
     )
+    return batch_sums.open_batch(accumulator, batch_size, functions_, reference)
 
   def update(batch, state, info, reference, *given):
     del state
@@ -212,7 +223,6 @@ def poisson_terms(
     return batch_sums.close_batch(batch, functions)
 
   collector = base.Collector(update, flush, open_batch)
-  num_terms = 3 if score else 2
   to_x = _same if coordinates is None else coordinates.position
   return ControlVariates(functions, num_terms, collector, values, term_fn, to_x)
 

@@ -29,9 +29,9 @@ class Target:
     covariance: None where unknown.
     sample: (rng_key, num_draws) -> exact draws [num_draws, dim], or None.
     log_normalizer: log of the integral of exp(logdensity), or None.
-    along: (centre, root) -> log-density of z at centre + root @ z, both numpy
-      float64, for `white_coordinates`; None where it can only compute that
-      vector.
+    along: (centre, root), both numpy float64 -> a log-density of z, that of
+      centre + root @ z without forming this vector, for `white_coordinates`;
+      None where there is none.
   """
 
   name: str

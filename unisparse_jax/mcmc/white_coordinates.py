@@ -73,8 +73,8 @@ def whitened(target: targets.Target, mean: Any, covariance: Any) -> WhiteTarget:
   `white.preconditioner`) gives controlled means of functions of x.
 
   Args:
-    target: with `along`: one of `targets`, or a `targets.Target` with one of
-      yours.
+    target: with `along`: `targets.gaussian`, `targets.logistic_regression`, or
+      a `targets.Target` with one of yours.
     mean: of x, [dim].
     covariance: of x, [dim, dim], such as that of `laplace`.
 
@@ -82,7 +82,8 @@ def whitened(target: targets.Target, mean: Any, covariance: Any) -> WhiteTarget:
     The target of z.
 
   Raises:
-    ValueError: no `along`, or a covariance that is none of that size.
+    ValueError: no `along`, or a mean or covariance of another size, or a
+      covariance that is none.
   """
   along = target.along
   checks.require(

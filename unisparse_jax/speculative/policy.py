@@ -55,7 +55,7 @@ class Decision:
 
   Attributes:
     depth: int32 [batch], deepest level kept; levels past base_depth are
-      drafted only if a row asks for them.
+      drafted only if a row asks for them or for others of their block.
     nodes: int32 [batch], draft nodes to verify, root not counted.
     bin: int32 [batch], for the statistics.
   """

@@ -9,6 +9,7 @@ import pytest
 from unisparse_jax.mcmc import (
   accumulators,
   control_variates,
+  estimates,
   poisson,
   preconditioner,
 )
@@ -117,8 +118,15 @@ def test_a_proposal_that_overflowed_leaves_its_row_finite(x64):
 
 def test_one_fold_serves_several_chains_only(x64):
   variates = control_variates.poisson_terms(poisson.Linear())
+  a = preconditioner.identity(DIM)
+  reference = poisson.Reference(jnp.float64(0.7), jnp.zeros(DIM), a)
   for num_chains, num_folds in ((1, 2), (3, 1)):
     made = variates.init(jnp.zeros((num_chains, DIM)))
     assert made.batches.count.shape == (num_chains, num_folds)
+  alone = stream(variates, infos(), reference, num_folds=1)
+  with pytest.raises(
+    ValueError, match=r"accumulator must have its batches in 2"
+  ):
+    estimates.estimate(alone)
   with pytest.raises(ValueError, match=r"num_folds must be an integer >= 1"):
     accumulators.init(jnp.zeros(2), 1, num_folds=0)

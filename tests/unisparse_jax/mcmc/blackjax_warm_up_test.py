@@ -39,6 +39,14 @@ def test_window_adaptation(diagonal, x64):
   assert 0.55 < float(run.stats.acceptance_rate[0]) < 0.95
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 9.0])
+def test_any_positive_step_size_has_its_own(scale, x64):
+  found, a = blackjax_warm_up.parameters(scale, jnp.asarray(COVARIANCE))
+  np.testing.assert_allclose(found / (2 - found), scale)
+  np.testing.assert_allclose(a.apply(jnp.ones(3)), COVARIANCE.sum(1))
+  np.testing.assert_allclose(a.factor @ a.factor.T, COVARIANCE)
+
+
 def test_bad_arguments_are_named():
   with pytest.raises(ValueError, match=r"inverse_mass_matrix must be a vector"):
     blackjax_warm_up.parameters(1.0, jnp.ones(()))

@@ -519,5 +519,19 @@ def test_other_directions_and_thresholds_do_not_compile_again(x64):
   expected = go(control_variates.poisson_terms(other), ())
   np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
   assert np.max(np.abs(found - go(variates, (first,)))) > 0.01
-  with pytest.raises(ValueError, match=r"functions must differ in arrays"):
-    go(variates, (other[:1],))
+  more = functions(np.array([[0.3, -0.2], [0.1, 0.1]]), -0.4)
+  for wrong in (other[:1], more):
+    with pytest.raises(ValueError, match=r"functions must differ in arrays"):
+      go(variates, (wrong,))
+  with pytest.raises(ValueError, match=r"carry must have shape.*=2"):
+    base.run_chains(
+      jax.random.key(1),
+      step,
+      state,
+      20,
+      parameters=(gamma, a),
+      collector=variates.collector,
+      carry=control_variates.poisson_terms(more).init(start),
+      collector_parameters=(reference,),
+      batch_size=10,
+    )

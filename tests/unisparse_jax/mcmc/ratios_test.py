@@ -327,6 +327,7 @@ def test_the_loop_names_bad_parameters(x64):
   for sampler, right, wrong, message in (
     (gi_mala, (good,), (narrow,), size),
     (gi_rwm, (x[0], good), (x[0], narrow), size),
+    (gi_rwm, (x[0], good), (jnp.zeros(3), good), r"mean must have shape"),
     (gi_hessian_mala, (), (narrow,), size),
     (gi_latent_gaussian, (prior,), (wide,), r"position must have shape"),
   ):

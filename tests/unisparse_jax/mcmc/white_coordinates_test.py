@@ -43,6 +43,10 @@ def test_the_density_is_that_of_x(x64):
     np.testing.assert_allclose(
       white.coordinates.diagonal(), np.diag(covariance), rtol=1e-10
     )
+    if target.sample is not None:
+      key = jax.random.key(1)
+      back = jax.vmap(white.coordinates.position)(white.sample(key, 4))
+      np.testing.assert_allclose(back, target.sample(key, 4), rtol=1e-10)
 
 
 def test_terms_are_those_of_the_chain_of_x(x64):

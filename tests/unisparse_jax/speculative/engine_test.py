@@ -27,10 +27,16 @@ LENGTHS = np.asarray([9, 1, 6, 4], np.int32)
 DEEP = dict(depth=[4] * 8, nodes=[12] * 8)
 
 
-def hetero(depth, nodes, thresholds=(0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5)):
+def hetero(
+  depth, nodes, thresholds=(0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5), width=3
+):
   """A policy whose numbers are data: all tests share one compiled loop."""
   return speculative.HeteroSpec.create(
-    thresholds=thresholds, depth=depth, nodes=nodes, base_depth=2, width=3
+    thresholds=thresholds,
+    depth=depth,
+    nodes=nodes,
+    base_depth=2,
+    width=width,
   )
 
 
@@ -641,17 +647,22 @@ def test_drafter_of_another_vocabulary(target, prompts):
 
 @pytest.mark.parametrize(("depth", "drafted"), [(2, 2), (3, 4), (4, 4), (5, 5)])
 def test_blocks_of_levels_give_the_same_trees(
-  target, other_model, prompts, plain, depth, drafted
+  target, prompts, plain, depth, drafted
 ):
-  """What is drafted past the depth asked for is in no tree."""
-  policy = hetero(depth=[depth] * 8, nodes=[12] * 8)
+  """What is drafted past the depth asked for is in no tree with room for it.
+
+  Three levels of two children each are 10 candidates for 12 nodes.
+  """
+  policy = hetero(depth=[depth] * 8, nodes=[12] * 8, width=2)
+  shape = dataclasses.replace(ONE_SIZE, width=2, max_depth=5)
   one, two = (
     run(
       target,
-      speculative.SmallDecoder(model=other_model),
+      speculative.SmallDecoder(model=target),
       prompts,
       policy=policy,
-      shape=dataclasses.replace(ONE_SIZE, max_depth=5, level_block=block),
+      shape=dataclasses.replace(shape, level_block=block),
+      log_trees=True,
     )
     for block in (1, 2)
   )
@@ -659,6 +670,7 @@ def test_blocks_of_levels_give_the_same_trees(
   np.testing.assert_array_equal(two.tokens, plain)
   for name in ("num_emitted", "nodes", "depth"):
     np.testing.assert_array_equal(one.log.column(name), two.log.column(name))
+  jax.tree.map(np.testing.assert_array_equal, one.log.trees, two.log.trees)
   for result, levels in ((one, depth), (two, drafted)):
     column = result.log.column("draft_levels")[: int(result.log.num_steps)]
     assert set(np.asarray(column).max(axis=-1)) == {levels}

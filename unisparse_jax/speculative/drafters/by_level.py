@@ -124,6 +124,8 @@ def draft_by_level(
 ) -> base.Draft:
   """Runs `start`, then `grow` base_depth - 1 times, then while a row asks.
 
+  The last of them in blocks of `TreeShape.level_block`.
+
   Args:
     drafter: gives the children.
     target: the model that verifies.
