@@ -14,7 +14,8 @@ Expect:  results/calibrate_speculation_cpu.jsonl, speculative_speedup_cpu.jsonl:
          3.37, fixed tree 2.08, HeteroSpec 2.08 with 4.6% fewer nodes a token
          (as the fixed tree of that mean size). Against plain decoding n-gram
          0.8 to 2.5x, the head 0.4 to 0.6x in every domain: a level costs 0.45
-         ms and a node 0.2 ms where a plain step takes 1.6. At batch 4 a step
+         ms and a node 0.2 ms where a plain step takes 1.6. At batch 4, where
+         the rows share 48 nodes by score (the fixed tree asks for 64), a step
          that drafts costs 4.4 ms beside its parts, plain 2.6: nothing pays.
          Policies that decline to draft keep 0.88 to 0.99x.
          speculative_speedup_combined_cpu.jsonl (batch 1, temperature 0, a busy
