@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,6 +12,12 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Linux gives a process 65,530 mappings, and a compiled program takes some: the
+# compiler aborts when none is left.
+_MOST_MAPPINGS = 30_000
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_files_seen = set()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,6 +33,18 @@ def pytest_runtest_setup(item):
   if jax.config.read("jax_disable_most_optimizations") != quick:
     jax.config.update("jax_disable_most_optimizations", quick)
     jax.clear_caches()
+  if item.path not in _files_seen:
+    _files_seen.add(item.path)
+    _forget_many_programs()
+
+
+def _forget_many_programs():
+  """Forgets what was compiled, where it takes many mappings."""
+  if (
+    _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS
+  ):
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marks
