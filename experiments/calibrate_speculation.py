@@ -75,7 +75,7 @@ def warm(setup: speculation_setup.Setup, run: runs.Run):
       programs.append(
         _logged_call(setup, tokens, lengths, temperature, first=0)
       )
-  done = {r["batch"] for r in run.found() if r["kind"] == "costs"}
+  done = _found_costs(run)
   table = setup.table(config.shape.base_depth, 0)
   for batch in config.batches:
     if batch not in done:
@@ -177,16 +177,16 @@ def measured_costs(
   serves them by the next one that was measured.
   """
   config, settings = setup.config, setup.config.calibration
-  done = {r["batch"]: r for r in run.found() if r["kind"] == "costs"}
-  calls = {batch: _timed_call(setup, batch) for batch in config.batches}
+  done = _found_costs(run)
   result = []
-  for batch, common in calls.items():
+  for batch in config.batches:
     if batch in done:
-      result.append(calibration.costs.from_mapping(done[batch]["costs"]))
+      result.append(done[batch])
       continue
     if result and deadline is not None and time.monotonic() > deadline:
       console.print(f"batch {batch}: not timed, max_seconds is used up")
       continue
+    common = _timed_call(setup, batch)
     shape = common["shape"]
     plain = _best(setup, drafter=None, policy=None, **common)
     plain_ms = 1e3 * plain.seconds / (config.new_tokens - 1)
@@ -224,6 +224,15 @@ def measured_costs(
     )
     result.append(costs)
   return result
+
+
+def _found_costs(run: runs.Run) -> dict[int, calibration.StepCosts]:
+  """By batch size, what earlier calls measured."""
+  return {
+    record["batch"]: calibration.costs.from_mapping(record["costs"])
+    for record in run.found()
+    if record["kind"] == "costs"
+  }
 
 
 def _timed_call(setup: speculation_setup.Setup, batch: int) -> dict:

@@ -163,16 +163,13 @@ class Measurer:
     Before anything is measured.
     """
     config = self._config
-    for method in config_lib.CALIBRATED:
-      for batch in config.batches if method in config.methods else ():
-        step = Step(
-          kind="speed",
-          method=method,
-          domain=config.domains[0],
-          batch=batch,
-          temperature=0.0,
-        )
-        self._policy(step).check(config.shape_for(batch))
+    steps = {
+      (step.method, step.batch): step
+      for step in plan(config)
+      if step.kind == "speed" and step.method in config_lib.CALIBRATED
+    }
+    for step in steps.values():
+      self._policy(step).check(config.shape_for(step.batch))
 
   def remember(self, record: Mapping[str, Any]):
     """Takes in a record: `fixed_same` needs that of `heterospec`."""
@@ -326,34 +323,19 @@ class Measurer:
       return dict(_NO_DRAFTER)
     if method in _DRAFTERS:
       shape = config.chain_shape
-      everything = policy.Fixed(
-        depth=jnp.int32(shape.max_depth), nodes=jnp.int32(shape.max_nodes - 1)
-      )
-      return dict(drafter=method, policy=everything, shape=shape)
+      return _in_full(method, shape, shape.max_nodes - 1)
     if method == "static":
       shape = config.static_shape
       count = sum(len(level) for level in shape.static_levels)
-      everything = policy.Fixed(
-        depth=jnp.int32(shape.max_depth), nodes=jnp.int32(count)
-      )
-      return dict(
-        drafter=speculation_setup.EAGLE, policy=everything, shape=shape
-      )
+      return _in_full(speculation_setup.EAGLE, shape, count)
+    if method == "fixed":
+      shape = config.fixed_shape_for(step.batch)
+      return _in_full(speculation_setup.EAGLE, shape, config.fixed_nodes)
     if method == speculation_setup.COMBINED:
       return dict(
         drafter=method,
         policy=self._setup.table(config.fixed_depth, config.fixed_nodes),
         shape=config.combined_shape_for(step.batch),
-      )
-    if method == "fixed":
-      fixed = policy.Fixed(
-        depth=jnp.int32(config.fixed_depth),
-        nodes=jnp.int32(config.fixed_nodes),
-      )
-      return dict(
-        drafter=speculation_setup.EAGLE,
-        policy=fixed,
-        shape=config.fixed_shape_for(step.batch),
       )
     shape = config.shape_for(step.batch)
     if method == "oracle":
@@ -392,3 +374,11 @@ class Measurer:
       "methods must name heterospec before fixed_same; got "
       f"{self._config.methods}."
     )
+
+
+def _in_full(drafter: str, shape, nodes: int) -> dict[str, Any]:
+  """drafter, shape and policy of a tree of all levels in every step."""
+  everything = policy.Fixed(
+    depth=jnp.int32(shape.max_depth), nodes=jnp.int32(nodes)
+  )
+  return dict(drafter=drafter, policy=everything, shape=shape)
