@@ -8,7 +8,12 @@ Run:     python -m experiments.long_context
            --config=configs/long_context/all_patterns.py --workdir=out/patterns
          Longer: --config.lengths="(32768,)"
 Device:  2 CPU cores for hours, or a GPU for minutes.
-Expect:  to be filled from the first recorded run.
+Expect:  with lengths=(4096,), tasks=() on 2 CPU cores in 4 minutes KL on the
+         next token 0.014 nats at density 0.43 for UniSparse, 0.002 at 0.65 for
+         SampleAttention (v1 0.019 at 0.75), 0.008 at 0.57 for FlexPrefill,
+         0.046 and 0.037 at 0.33 for XAttention, 0.014 at 0.42 for the oracle,
+         0.70 at 0.26 for random blocks; MInference and streaming keep all:
+         results/all_patterns_cpu.jsonl. Longer ones were not recorded.
 """
 
 from configs.long_context import default
