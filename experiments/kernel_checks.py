@@ -4,16 +4,19 @@
 python -m experiments.kernel_checks --workdir=out/kernel_checks
 
 memcheck and racecheck on every case of `experiments.kernels.kernel_cases`, each
-in a process of its own, six at once: a minute or two. Writes a JSON line for
-each to WORKDIR/kernel_checks.jsonl (exit status 0: clean, 9: findings, null:
-stopped) and what the tool printed to WORKDIR/TOOL_CASE.txt; ends with 1 unless
-all are clean.
+in a process of its own, six at once: a minute or two. What has not ended in
+time is stopped and tried once more, alone. Writes a JSON line for each try to
+WORKDIR/kernel_checks.jsonl (exit status 0: clean, 9: findings, null: stopped)
+and what the tool printed to WORKDIR/TOOL_CASE.txt; ends with 1 unless all are
+clean.
 """
 
 import concurrent.futures
+import itertools
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -26,7 +29,7 @@ from unisparse_jax import records
 
 TOOLS = ("memcheck", "racecheck")
 FINDINGS = 9  # exit status that the tools are asked for
-LIMIT_S = 300.0
+LIMIT_S = 120.0
 _AT_ONCE = 6
 # Each array in an allocation of its own, so that its bounds are seen.
 _ENVIRONMENT = {
@@ -40,8 +43,9 @@ _WORKDIR = flags_and_configs.define_workdir()
 
 def sanitize(tool: str, case: str, workdir: pathlib.Path) -> dict[str, Any]:
   """The tool's exit status on a case and the summary that it printed."""
-  try:
-    done = subprocess.run(
+  path = workdir / f"{tool}_{case}.txt"
+  with path.open("wb") as printed:
+    running = subprocess.Popen(
       [
         *("compute-sanitizer", "--tool", tool),
         *("--error-exitcode", str(FINDINGS), "--print-limit", "20"),
@@ -49,15 +53,17 @@ def sanitize(tool: str, case: str, workdir: pathlib.Path) -> dict[str, Any]:
       ],
       env=os.environ | _ENVIRONMENT,
       cwd=pathlib.Path(__file__).parents[1],
-      stdout=subprocess.PIPE,
+      stdout=printed,
       stderr=subprocess.STDOUT,
-      timeout=LIMIT_S,
+      start_new_session=True,
     )
-    printed, status = done.stdout, done.returncode
-  except subprocess.TimeoutExpired as expired:
-    printed, status = expired.stdout or b"", None
-  output = printed.decode(errors="replace")
-  (workdir / f"{tool}_{case}.txt").write_text(output, encoding="utf-8")
+    try:
+      status = running.wait(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+      os.killpg(running.pid, signal.SIGKILL)  # The watched program as well.
+      running.wait()
+      status = None
+  output = path.read_text(encoding="utf-8", errors="replace")
   summary = [x for x in output.splitlines() if "SUMMARY" in x]
   return {
     "what": tool,
@@ -74,18 +80,25 @@ def main(argv):
     raise app.UsageError("compute-sanitizer must be found; it comes with CUDA")
   workdir = pathlib.Path(_WORKDIR.value)
   writer = records.RecordWriter(workdir / "kernel_checks.jsonl", {})
-  clean = True
-  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    jobs = [
-      pool.submit(sanitize, tool, case, workdir)
-      for tool in TOOLS
-      for case in kernel_cases.CASES
-    ]
-    for job in concurrent.futures.as_completed(jobs):
-      found = writer.write(**job.result())
-      clean &= found["exit"] == 0
-      print(*(found[key] for key in ("what", "case", "exit", "summary")))
-  sys.exit(0 if clean else 1)
+
+  def check(wanted, at_once):
+    """The (tool, case) that were stopped, and whether the others are clean."""
+    stopped, clean = [], True
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+      jobs = [pool.submit(sanitize, *pair, workdir) for pair in wanted]
+      for job in concurrent.futures.as_completed(jobs):
+        found = writer.write(**job.result())
+        print(*(found[key] for key in ("what", "case", "exit", "summary")))
+        if found["exit"] is None:
+          stopped.append((found["what"], found["case"]))
+        else:
+          clean &= found["exit"] == 0
+    return stopped, clean
+
+  stopped, clean = check(itertools.product(TOOLS, kernel_cases.CASES), _AT_ONCE)
+  # Of twelve, four were seen to hang in the compiler beside other programs.
+  stopped, clean_alone = check(stopped, 1)
+  sys.exit(0 if clean and clean_alone and not stopped else 1)
 
 
 if __name__ == "__main__":
