@@ -7,10 +7,12 @@ from experiments.decoding import speculation_setup
 from unisparse_jax.speculative import calibration
 from unisparse_jax.speculative.calibration import predictor
 
-# Numbers of draft nodes that `thrifty` chooses from, and how many more tokens
-# than the fixed tree's it must bring on the steps that it is fitted to.
+# Numbers of draft nodes that `thrifty` chooses from. On the steps that it is
+# fitted to it must bring so many more tokens than the fixed tree, and keep this
+# share of the best rate.
 _SIZES = (3, 7, 11, 15, 19, 23, 27, 31, 39, 47, 55, 63)
 _MARGIN = 1.01
+_RATE_SHARE = 0.99
 
 
 def fit(
@@ -85,6 +87,7 @@ def fit(
       cost,
       num_bins=calibration.NUM_BINS,
       least_tokens=least_tokens,
+      least_rate=_RATE_SHARE * joint.rate,
     )
     for name, choice in (
       ("joint", joint),

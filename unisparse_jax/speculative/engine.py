@@ -139,7 +139,11 @@ def decode(
     return policy.should_draft(state.policy_state, _context(state))
 
   def body(state):
-    state = plain_steps.plain_steps(
+    # In a stretch of drafting nothing but its own condition is asked.
+    state = lax.while_loop(
+      lambda state: is_running(state) & drafts(state), step, state
+    )
+    return plain_steps.plain_steps(
       target,
       drafter,
       policy,
@@ -150,13 +154,6 @@ def decode(
       sampler=settings.sampler,
       taps=taps_of(target, drafter),
     )
-    # At most one round; see `plain_steps` for why this is a loop.
-    _, state = lax.while_loop(
-      lambda carry: carry[0] & is_running(carry[1]) & drafts(carry[1]),
-      lambda carry: (jnp.bool_(False), step(carry[1])),
-      (jnp.bool_(True), state),
-    )
-    return state
 
   return lax.while_loop(is_running, body, state)
 

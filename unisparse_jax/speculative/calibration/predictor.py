@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unisparse_jax.speculative import adaptive, gated
+from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative.calibration import artefact as artefact_lib
 from unisparse_jax.speculative.calibration import costs as costs_lib
 from unisparse_jax.speculative.calibration import replay, search
@@ -200,14 +201,13 @@ def bandit_choices(
 
 def from_artefact(
   artefact: artefact_lib.Artefact, *, batch: int, gate: bool
-) -> gated.Gated:
+) -> policy_lib.Policy:
   """The predictive policy that a calibration stored.
 
   Args:
     artefact: with a predictor in `about`.
     batch: rows that are decoded together.
-    gate: stop drafting where plain decoding is faster; without it the policy
-      always drafts, in the same compiled program.
+    gate: stop drafting where plain decoding is faster.
   """
   stored = artefact.about["predictor"]
   costs = artefact.cost(batch)
@@ -230,10 +230,12 @@ def from_artefact(
     drafter_hash=artefact.drafter_hash,
     shared=not costs.packed,
   )
+  if not gate:
+    return inner
   pays_from = float(stored["step_ms"][str(costs.batch)]) / costs.plain_ms
   return gated.Gated(
     policy=inner,
-    min_tokens=jnp.float32(pays_from if gate else 0.0),
+    min_tokens=jnp.float32(pays_from),
     # A look costs about two steps: every 64th keeps the loss near 2%.
     period=jnp.int32(64),
     decay=jnp.float32(0.8),

@@ -154,35 +154,44 @@ def fewest_nodes(
   *,
   num_bins: int,
   least_tokens: float,
+  least_rate: float = 0.0,
 ) -> Choice:
   """The arm of each bin, for the fewest verified tokens that are enough.
 
-  Maximises tokens - price * (nodes + 1), with the highest price at which the
-  steps still bring `least_tokens` in the mean.
+  Maximises tokens - least_rate * time - price * (nodes + 1), with the highest
+  price at which the steps still bring `least_tokens` and `least_rate` in the
+  mean.
 
   Args:
     arms: of the steps.
     bins: int [n], bin of each step.
-    costs: of the batch that the result is evaluated for.
+    costs: of the batch that is optimised for; rows that differ in a step are
+      counted in the result, not in the search.
     num_bins: a bin without steps gets what is best without bins.
-    least_tokens: per step, bonus included; where no table brings them, the one
-      that brings most.
+    least_tokens: per step, bonus included; where no price above 0 brings them,
+      it is 0.
+    least_rate: tokens per millisecond of a row; 0: time does not count.
   """
   sizes = np.array([n for _, n in arms.arms]) + 1.0
+  times = arms.times(costs)
   counts, sums = _totals(arms, bins, num_bins)
 
   def table_at(price):
-    gain = sums - price * counts[:, None] * sizes[None, :]
+    gain = sums - counts[:, None] * (least_rate * times + price * sizes)
     everywhere = int(np.argmax(gain.sum(axis=0)))
     return np.where(counts > 0, np.argmax(gain, axis=1), everywhere)
 
-  def tokens(table):
-    return sums[np.arange(num_bins), table].sum() / counts.sum()
+  def is_enough(table):
+    tokens = sums[np.arange(num_bins), table].sum()
+    floor = max(
+      least_tokens * counts.sum(), least_rate * (counts * times[table]).sum()
+    )
+    return tokens >= floor
 
   low, high = 0.0, float(arms.tokens.max())  # at `high` no node is worth it
   for _ in range(60):
     middle = (low + high) / 2.0
-    if tokens(table_at(middle)) >= least_tokens:
+    if is_enough(table_at(middle)):
       low = middle
     else:
       high = middle

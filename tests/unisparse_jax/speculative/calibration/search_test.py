@@ -104,6 +104,22 @@ def test_fewest_nodes_bring_what_is_asked_for():
     arms, bins, COSTS, num_bins=2, least_tokens=2 * most
   )
   assert beyond.tokens_per_step == pytest.approx(most)
+  # As fast as the fastest table, with no more nodes than it.
+  best = calibration.by_bin(arms, bins, COSTS, num_bins=2)
+  fast = calibration.fewest_nodes(
+    arms,
+    bins,
+    COSTS,
+    num_bins=2,
+    least_tokens=1.0,
+    least_rate=0.99 * best.rate,
+  )
+  assert fast.rate >= 0.99 * best.rate - 1e-9
+  assert (fast.nodes + 1)[bins].mean() <= (best.nodes + 1)[bins].mean()
+  slow = calibration.fewest_nodes(
+    arms, bins, COSTS, num_bins=2, least_tokens=1.0
+  )
+  assert slow.rate < 0.99 * best.rate
 
 
 def test_a_bin_without_steps_gets_the_best_single_arm():
