@@ -14,8 +14,11 @@ _DEFINITIONS = (
   "the bonus token that the target adds; accepted tokens per call do not. "
   "Nodes are what was verified, root included; padded is what the compiled "
   "size had room for. Tokens per second and times are of decoding, prefill "
-  "apart. A row differs where any token is not that of plain decoding in the "
-  "same dtype; gap is the largest distance of the two tokens' logits where "
+  "apart, of the median of the turns in which all methods of a domain were "
+  "timed beside each other; what is over plain decoding or the fixed tree is "
+  "the median of the turns' ratios, +- the standard error of their mean over "
+  "the turns. A row differs where any token is not that of plain decoding in "
+  "the same dtype; gap is the largest distance of the two tokens' logits where "
   "greedy rows part: near 0, they were tied."
 )
 
