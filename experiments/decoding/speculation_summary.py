@@ -23,7 +23,7 @@ COLUMNS = (
   ("tokens_per_s", "tokens/s", "{:,.0f}"),
   ("speedup", "vs plain", "{:.2f}x"),
   ("over_fixed", "vs fixed", "{:+.1%}"),
-  ("over_fixed_error", "+-", "{:.1%}"),
+  ("over_fixed_error", "s.e.", "{:.1%}"),
   ("nodes_over_fixed", "nodes vs fixed", "{:+.1%}"),
   ("mismatched_rows", "rows differ", "{:.0f}"),
   ("largest_gap", "gap", "{:.3f}"),
@@ -92,7 +92,7 @@ def _compare_plain(row: Row, plain: Row):
 
 
 def _compare_fixed(row: Row, fixed: Row):
-  """Adds speed and nodes over the fixed tree's, and what turns say of them."""
+  """Adds speed and nodes over the fixed tree's, and the speed's error."""
   if row["method"] in (config_lib.PLAIN, "fixed"):
     return
   if turns := row.get("turn_over_fixed"):
@@ -149,9 +149,9 @@ def _mean(rows: Sequence[Row]) -> Row:
 def tables(rows: Sequence[Row]) -> Iterator[rich.table.Table]:
   """Means over domains in one table; each place's domains in another."""
   speed = [r for r in rows if r["kind"] == "speed"]
-  yield _table(
-    "Mean over domains", [r for r in speed if r["domain"] == MEAN], "batch"
-  )
+  if speed:
+    means = [r for r in speed if r["domain"] == MEAN]
+    yield _table("Mean over domains", means, "batch")
   for temperature, batch in dict.fromkeys(
     (r["temperature"], r["batch"]) for r in speed
   ):
