@@ -16,10 +16,10 @@ _DEFINITIONS = (
   "size had room for. Tokens per second and times are of decoding, prefill "
   "apart, of the median of the turns in which all methods of a domain were "
   "timed beside each other. Speeds over plain decoding and over the fixed tree "
-  "are medians of the turns' ratios; s.e. is the standard error of the latter's "
-  "mean over the turns. A row differs where any token is not that of plain decoding in "
-  "the same dtype; gap is the largest distance of the two tokens' logits where "
-  "greedy rows part: near 0, they were tied."
+  "are medians of the turns' ratios; s.e. is the standard error of the mean of "
+  "the latter over the turns. A row differs where any token is not that of "
+  "plain decoding in the same dtype; gap is the largest distance of the two "
+  "tokens' logits where greedy rows part: near 0, they were tied."
 )
 
 
