@@ -3,13 +3,13 @@
 
 Measures plain decoding and every method of the config: tokens per call of the
 target, verified nodes, times, tokens per second, where accepted tokens ranked,
-and whether the output is that of plain decoding. Writes WORKDIR/records.jsonl,
+and whether the output is that of plain decoding. The methods of a domain are
+timed in turns and compared within each. Writes WORKDIR/records.jsonl,
 a line a measurement, and WORKDIR/report.html.
 
 The same command goes on where an earlier one stopped.
 """
 
-import itertools
 import math
 import pathlib
 import time
@@ -20,6 +20,7 @@ from absl import app
 from experiments import long_context
 from experiments.decoding import (
   speculation_config,
+  speculation_plan,
   speculation_report,
   speculation_summary,
   speculative_speedup_run,
@@ -89,45 +90,47 @@ def measure_all(
       )
     identity["artefact_sha256"] = long_context_config.file_hash(artefact)
   run = runs.begin(workdir, identity, free=_FREE)
-  steps = speculative_speedup_run.plan(config)
+  groups = speculation_plan.plan(config)
   found = run.found()
-  done = {speculative_speedup_run.key(record) for record in found}
-  missing = [step for step in steps if step.key not in done]
+  done = {speculation_plan.key(record) for record in found}
+  missing = [[s for s in group if s.key not in done] for group in groups]
+  missing = [group for group in missing if group]
+  total, left = (sum(map(len, some)) for some in (groups, missing))
   console.print(
-    f"{len(steps)} measurements of {folder.name}, "
-    f"{len(steps) - len(missing)} of them recorded already"
+    f"{total} measurements of {folder.name}, {total - left} of them recorded "
+    "already"
   )
   if not missing:
     return found, run.workdir
-  measurer = speculative_speedup_run.Measurer(config, run.workdir, found)
-  number = 0
-  for _, group in itertools.groupby(missing, key=lambda step: step.kind):
-    steps = list(group)
-    if time.monotonic() < deadline:
-      measurer.warm(steps)
-    for step in steps:
-      if time.monotonic() >= deadline:
-        console.print(
-          f"{len(missing) - number} measurements are left: max_seconds is "
-          "used up. The same command goes on."
-        )
-        return run.found(), run.workdir
-      number += 1
-      begin = time.perf_counter()
-      values = measurer.measure(step)
-      seconds = time.perf_counter() - begin
-      measurer.remember(
-        run.writer.write(**vars(step), **values, seconds=seconds)
-      )
+  measurer = speculative_speedup_run.Measurer(config, run.workdir)
+  for group in missing:
+    begin = time.monotonic()
+    if begin < deadline:
+      measurer.warm(group)
+    if time.monotonic() >= deadline:
       console.print(
-        f"[{number}/{len(missing)}] {step}: {values['tokens_per_call']:.2f} "
-        f"tokens a call, {values['tokens_per_s']:,.0f} tokens/s, "
-        f"{values['mismatched_rows']} of {values['rows']} rows differ "
-        f"({seconds:.1f} s)",
+        f"{left} measurements are left: max_seconds is used up. The same "
+        "command goes on."
+      )
+      break
+    for step, values in zip(group, measurer.measure(group), strict=True):
+      left -= 1
+      run.writer.write(**vars(step), **values)
+      speed = ""
+      if "tokens_per_s" in values:
+        speed = f"{values['tokens_per_s']:,.0f} tokens/s, "
+      console.print(
+        f"[{total - left}/{total}] {step}: {values['tokens_per_call']:.2f} "
+        f"tokens a call, {speed}{values['mismatched_rows']} of "
+        f"{values['rows']} rows differ",
         markup=False,
         highlight=False,
         soft_wrap=True,
       )
+    console.print(
+      f"{len(group)} methods in {time.monotonic() - begin:.1f} s",
+      highlight=False,
+    )
   return run.found(), run.workdir
 
 

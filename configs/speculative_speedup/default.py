@@ -9,8 +9,10 @@ Run:     python -m experiments.calibrate_speculation
            --workdir=out/speculative
          after the target (configs/train_decoder/target_155m.py, out/target)
          and its head (configs/train_draft_head/default.py, out/head).
-Device:  one H100 or H200; 2 minutes and 8 minutes and their compilation, some
-         30 s a program (batch, temperature and kind of policy).
+Device:  one H100 or H200; 2 minutes, and some 2.5 a batch and temperature (the
+         nine methods that are not few, batch 1, five turns: by the times of
+         their calls), and compilation, some 30 s a program (batch, temperature
+         and kind of policy).
 Expect:  on one H200, greedy, batch 1, mean of five domains: 6.9 tokens a call
          and 4.4 times plain decoding for the fixed tree, 8.3 and 4.7 for one of
          12 levels; policies that adapt verify 14 to 62% less and are 9% slower
@@ -86,7 +88,7 @@ def get_config():
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)
   config.prompts = 64
-  config.repeats = 2
+  config.repeats = 5
   config.batch_1_prompts = 4
   config.prompt_len = 1024
   config.short_prompt = 256

@@ -62,8 +62,7 @@ def get_config():
   config.batches = (1, 4)
   config.prompts = 4
   config.batch_1_prompts = 2
-  config.repeats = 1
-  config.interleave = True
+  config.repeats = 3
   config.prompt_len = 512
   config.short_prompt = 160
   config.new_tokens = 64

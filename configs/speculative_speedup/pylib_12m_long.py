@@ -28,5 +28,4 @@ def get_config():
   config.long_new_tokens = 128
   config.long_methods = ("heterospec", "ngram")
   config.long_prefills = ("dense", "calibrated")
-  config.interleave = False
   return config

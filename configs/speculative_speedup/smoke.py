@@ -34,7 +34,7 @@ def get_config():
   config.batches = (2,)
   config.few_at = ((2, 0.0),)
   config.prompts = 2
-  config.repeats = 1
+  config.repeats = 2
   config.batch_1_prompts = 1
   config.prompt_len = 64
   config.short_prompt = 32

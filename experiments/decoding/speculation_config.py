@@ -113,9 +113,8 @@ class SpeculationConfig:
       fill most of it, the others `short_prompt`.
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
-    repeats: timed calls of each batch, of which the fastest counts.
-    interleave: time plain decoding again before every call, where others use
-      the machine; speed-ups are then over these times.
+    repeats: turns in which all methods of a place are timed on each batch, of
+      which the median counts.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
     long_prompts: lengths of long prompts, one request each, whose prefill and
       answer are timed together, dense and sparse.
@@ -127,8 +126,8 @@ class SpeculationConfig:
     exact_batches: rows of these comparisons.
     exact_new_tokens: tokens of each.
     dtype: of weights and activations where time is measured.
-    compile_threads: programs compiled at once before anything is measured; 0:
-      each when it is first needed.
+    compile_threads: programs of a place (kind, batch, temperature) compiled at
+      once before it is measured; 0: each when it is first needed.
     max_seconds: budget; what does not fit is left out, and a later call goes
       on. None: no limit.
     seed: of prompts and draws.
@@ -158,8 +157,7 @@ class SpeculationConfig:
   prompt_len: int = 1024
   short_prompt: int = 256
   new_tokens: int = 256
-  repeats: int = 2
-  interleave: bool = False
+  repeats: int = 5
   batch_1_prompts: int = 4
   long_prompts: tuple[int, ...] = ()
   long_new_tokens: int = 512

@@ -14,9 +14,12 @@ _DEFINITIONS = (
   "the bonus token that the target adds; accepted tokens per call do not. "
   "Nodes are what was verified, root included; padded is what the compiled "
   "size had room for. Tokens per second and times are of decoding, prefill "
-  "apart. A row differs where any token is not that of plain decoding in the "
-  "same dtype; gap is the largest distance of the two tokens' logits where "
-  "greedy rows part: near 0, they were tied."
+  "apart, of the median of the turns in which all methods of a domain were "
+  "timed beside each other. Speeds over plain decoding and over the fixed tree "
+  "are medians of the turns' ratios; s.e. is the standard error of the mean of "
+  "the latter over the turns. A row differs where any token is not that of "
+  "plain decoding in the same dtype; gap is the largest distance of the two "
+  "tokens' logits where greedy rows part: near 0, they were tied."
 )
 
 

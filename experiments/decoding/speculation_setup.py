@@ -35,7 +35,8 @@ class Call:
     tokens: int32 [batch, new_tokens].
     seconds: of decoding, prefill apart.
     prefill_seconds: until the first token is there.
-    log: `speculative.statistics.StepLog`; None for plain decoding.
+    log: `speculative.statistics.StepLog` of NumPy arrays; None for plain
+      decoding.
   """
 
   tokens: np.ndarray
@@ -273,7 +274,7 @@ class Setup:
       tokens=np.asarray(result.tokens),
       seconds=end - middle,
       prefill_seconds=middle - start,
-      log=result.log,
+      log=jax.device_get(result.log),
     )
 
   def warm(self, calls: Sequence[dict[str, Any]], num_threads: int):

@@ -23,6 +23,7 @@ COLUMNS = (
   ("tokens_per_s", "tokens/s", "{:,.0f}"),
   ("speedup", "vs plain", "{:.2f}x"),
   ("over_fixed", "vs fixed", "{:+.1%}"),
+  ("over_fixed_error", "s.e.", "{:.1%}"),
   ("nodes_over_fixed", "nodes vs fixed", "{:+.1%}"),
   ("mismatched_rows", "rows differ", "{:.0f}"),
   ("largest_gap", "gap", "{:.3f}"),
@@ -40,49 +41,26 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   """
   # Long prompts have a table of their own.
   rows = [dict(r) for r in records if r["kind"] != "long"]
+  index = {(*_place(r), r["domain"], r["method"]): r for r in rows}
   for row in rows:
     if row.get("first_gaps"):
       row["largest_gap"] = max(row["first_gaps"])
-  places = {(r["kind"], r["temperature"], r["batch"]) for r in rows}
-  for kind, temperature, batch in sorted(places):
-    here = [
-      r
-      for r in rows
-      if (r["kind"], r["temperature"], r["batch"]) == (kind, temperature, batch)
-    ]
+    beside = (*_place(row), row["domain"])
+    if plain := index.get((*beside, config_lib.PLAIN)):
+      _compare_plain(row, plain)
+  for row in rows:
+    if fixed := index.get((*_place(row), row["domain"], "fixed")):
+      _compare_fixed(row, fixed)
+  means = {}
+  for place in sorted({_place(r) for r in rows}):
+    here = [r for r in rows if _place(r) == place]
     for method in dict.fromkeys(r["method"] for r in here):
-      rows.append(_mean([r for r in here if r["method"] == method]))
-  index = {_place(r, r["method"]): r for r in rows}
-  for row in rows:
-    plain = index.get(_place(row, config_lib.PLAIN))
-    fixed = index.get(_place(row, "fixed"))
-    if plain and row["method"] != config_lib.PLAIN:
-      row["speedup"] = row["tokens_per_s"] / row.get(
-        "plain_tokens_per_s", plain["tokens_per_s"]
-      )
-    if fixed and row["method"] not in (config_lib.PLAIN, "fixed"):
-      row["over_fixed"] = _relative(row) / _relative(fixed) - 1.0
-      row["nodes_over_fixed"] = (
-        row["nodes_per_token"] / fixed["nodes_per_token"] - 1.0
-      )
-  # A mean of speed-ups: every domain counts alike.
-  for row in rows:
-    if row["domain"] == MEAN:
-      for name in ("speedup", "over_fixed"):
-        of_domains = [
-          r[name]
-          for r in rows
-          if r["domain"] != MEAN
-          and r["method"] == row["method"]
-          and (r["kind"], r["temperature"], r["batch"])
-          == (row["kind"], row["temperature"], row["batch"])
-          and name in r
-        ]
-        if of_domains:
-          row[name] = float(np.mean(of_domains))
-          if name == "speedup":
-            row["least_speedup"] = min(of_domains)
-            row["most_speedup"] = max(of_domains)
+      mean = _mean([r for r in here if r["method"] == method])
+      means[*place, method] = mean
+  for row in means.values():
+    if fixed := means.get((*_place(row), "fixed")):
+      _compare_nodes(row, fixed)
+  rows += means.values()
   order = {method: i for i, method in enumerate(config_lib.METHODS)}
   rows.sort(
     key=lambda r: (
@@ -97,17 +75,45 @@ def summarise(records: Sequence[Row]) -> list[Row]:
   return rows
 
 
-def _relative(row: Row) -> float:
-  """Speed, over that of plain decoding where both were timed in turn."""
-  return row["tokens_per_s"] / row.get("plain_tokens_per_s", 1.0)
+def _place(row: Row) -> tuple:
+  return (row["kind"], row["temperature"], row["batch"])
 
 
-def _place(row: Row, method: str) -> tuple:
-  return (row["kind"], row["temperature"], row["batch"], row["domain"], method)
+def _compare_plain(row: Row, plain: Row):
+  """Adds the speed over plain decoding, of the median turn if there are any."""
+  if row["method"] == config_lib.PLAIN or "tokens_per_s" not in row:
+    return
+  if "turn_over_plain" in row:
+    row["speedup"] = float(np.median(row["turn_over_plain"]))
+    return
+  # Of an earlier version: timed beside each call, or once for all methods.
+  beside = row.get("plain_tokens_per_s", plain["tokens_per_s"])
+  row["speedup"] = row["tokens_per_s"] / beside
+
+
+def _compare_fixed(row: Row, fixed: Row):
+  """Adds speed and nodes over the fixed tree's, and the speed's error."""
+  if row["method"] in (config_lib.PLAIN, "fixed"):
+    return
+  if turns := row.get("turn_over_fixed"):
+    row["over_fixed"] = float(np.median(turns)) - 1.0
+    if len(turns) > 1:
+      error = np.std(turns, ddof=1) / np.sqrt(len(turns))
+      row["over_fixed_error"] = float(error)
+  elif "speedup" in row and "speedup" in fixed:
+    row["over_fixed"] = row["speedup"] / fixed["speedup"] - 1.0
+  _compare_nodes(row, fixed)
+
+
+def _compare_nodes(row: Row, fixed: Row):
+  if row["method"] not in (config_lib.PLAIN, "fixed"):
+    row["nodes_over_fixed"] = (
+      row["nodes_per_token"] / fixed["nodes_per_token"] - 1.0
+    )
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-  """All domains of a method in one place; ratios of sums are noted as means."""
+  """A method in one place; every domain counts alike, in speed-ups too."""
   first = rows[0]
   mean = {
     name: first[name] for name in ("kind", "method", "batch", "temperature")
@@ -121,10 +127,18 @@ def _mean(rows: Sequence[Row]) -> Row:
     "nodes_per_token",
     "levels_per_call",
     "tokens_per_s",
-    "plain_tokens_per_s",
+    "speedup",
+    "over_fixed",
   ):
     if all(name in r for r in rows):
       mean[name] = float(np.mean([r[name] for r in rows]))
+  if "speedup" in mean:
+    mean["least_speedup"] = min(r["speedup"] for r in rows)
+    mean["most_speedup"] = max(r["speedup"] for r in rows)
+  # Of the turns: domains are what they are.
+  if all("over_fixed_error" in r for r in rows):
+    errors = [r["over_fixed_error"] for r in rows]
+    mean["over_fixed_error"] = float(np.linalg.norm(errors)) / len(errors)
   for name in ("calls", "rows", "written", "mismatched_rows"):
     mean[name] = sum(r[name] for r in rows)
   if gaps := [r["largest_gap"] for r in rows if "largest_gap" in r]:
@@ -135,9 +149,9 @@ def _mean(rows: Sequence[Row]) -> Row:
 def tables(rows: Sequence[Row]) -> Iterator[rich.table.Table]:
   """Means over domains in one table; each place's domains in another."""
   speed = [r for r in rows if r["kind"] == "speed"]
-  yield _table(
-    "Mean over domains", [r for r in speed if r["domain"] == MEAN], "batch"
-  )
+  if speed:
+    means = [r for r in speed if r["domain"] == MEAN]
+    yield _table("Mean over domains", means, "batch")
   for temperature, batch in dict.fromkeys(
     (r["temperature"], r["batch"]) for r in speed
   ):

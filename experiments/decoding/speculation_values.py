@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a measurement of speculative decoding records of its calls."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,23 +10,15 @@ ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
 
 def of_calls(calls, batch: int, new_tokens: int) -> dict[str, Any]:
-  """Counts, times and histograms of calls of `batch` rows each.
+  """Counts and histograms of calls of `batch` rows each.
 
   Tokens that a prefill writes count nowhere; `tokens_per_call` has the bonus
   token in, `accepted_per_call` has not.
   """
-  seconds = sum(call.seconds for call in calls)
   rows = len(calls) * batch
   # The prefill writes the first token.
   written = rows * (new_tokens - 1)
-  values = {
-    "rows": rows,
-    "written": written,
-    "decode_s": seconds,
-    "prefill_s": sum(call.prefill_seconds for call in calls),
-    "tokens_per_s": written / seconds,
-    "latency_s": (seconds + sum(c.prefill_seconds for c in calls)) / len(calls),
-  }
+  values = {"rows": rows, "written": written}
   if calls[0].log is None:
     return values | {
       "steps": len(calls) * (new_tokens - 1),
@@ -77,6 +70,35 @@ def of_calls(calls, batch: int, new_tokens: int) -> dict[str, Any]:
       np.maximum(logs["bin"], 0), weights=logs["num_emitted"]
     ).tolist(),
   }
+
+
+def of_times(
+  times: Mapping[str, np.ndarray], method: str, written: int, num_calls: int
+) -> dict[str, Any]:
+  """Times of the median turn, and speeds over other methods by turn.
+
+  Args:
+    times: by method, seconds of decoding and of prefill, [turns, 2]. The
+      methods of a turn ran beside each other, so that its ratios hold however
+      the machine drifts.
+    method: whose values these are.
+    written: tokens of a turn.
+    num_calls: calls of a turn.
+  """
+  own = times[method]
+  decode_s, prefill_s = np.median(own, axis=0)
+  values = {
+    "decode_s": float(decode_s),
+    "prefill_s": float(prefill_s),
+    "tokens_per_s": written / float(decode_s),
+    "latency_s": float(np.median(own.sum(axis=1))) / num_calls,
+    "turn_s": own[:, 0].tolist(),
+  }
+  for other in ("plain", "fixed"):
+    if other in times and method not in ("plain", other):
+      ratios = times[other][:, 0] / own[:, 0]
+      values[f"turn_over_{other}"] = ratios.tolist()
+  return values
 
 
 def mismatches(calls, expected) -> dict[str, Any]:

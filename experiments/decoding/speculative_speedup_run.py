@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of the speculative-speedup experiment is, and how it is taken."""
+"""How the steps of the speculative-speedup experiment are taken.
+
+The methods of one place and domain are timed in turns: a card drifts by a tenth
+within minutes, more than methods differ.
+"""
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.decoding import speculation_config as config_lib
+from experiments.decoding import speculation_plan as plan_lib
 from experiments.decoding import speculation_setup, speculation_values
 from experiments.prefill import long_context_config
 from unisparse_jax import attention
@@ -22,135 +27,18 @@ _TABLES = (
   *("heterospec", "joint", "thrifty", "fixed_same", "fixed_best"),
   "eagle2",
 )
-_NO_DRAFTER = {"drafter": None, "policy": None, "shape": None}
 _DRAFTERS = {"ngram": "ngram", "suffix": "suffix"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-  """One measurement.
-
-  Attributes:
-    kind: "speed"; "exact": a comparison in float32; "long": a long prompt and
-      a long answer, timed together.
-    method: of `speculation_config.METHODS`.
-    domain: of `data.domains.DOMAINS`.
-    batch: rows.
-    temperature: 0 is greedy.
-    prompt_len: tokens of a long prompt; 0: as the config says.
-    prefill: of `speculation_config.PREFILLS`.
-  """
-
-  kind: str
-  method: str
-  domain: str
-  batch: int
-  temperature: float
-  prompt_len: int = 0
-  prefill: str = "dense"
-
-  @property
-  def key(self) -> tuple:
-    """Identifies the measurement."""
-    return dataclasses.astuple(self)
-
-  @property
-  def place(self) -> tuple:
-    """Where methods are compared with plain decoding."""
-    return (
-      self.kind,
-      self.batch,
-      self.temperature,
-      self.prompt_len,
-      self.prefill,
-    )
-
-  def __str__(self) -> str:
-    return (
-      f"{self.kind} {self.method}, {self.domain}, batch {self.batch}, "
-      f"temperature {self.temperature:g}"
-      + (f", {self.prefill} {self.prompt_len}" if self.prompt_len else "")
-    )
-
-
-def key(record: Mapping[str, Any]) -> tuple:
-  """`Step.key` of a record."""
-  return tuple(record[f.name] for f in dataclasses.fields(Step))
-
-
-def plan(config: config_lib.SpeculationConfig) -> list[Step]:
-  """All steps; a later one may need the records of an earlier one."""
-  methods = [config_lib.PLAIN]
-  methods += [m for m in config.methods if m != config_lib.PLAIN]
-  places = [
-    (batch, float(t)) for t in config.temperatures for batch in config.batches
-  ]
-  few_at = {(batch, float(t)) for batch, t in config.few_at}
-
-  def steps(kind, places):
-    for batch, temperature in places:
-      for method in methods:
-        # An exact comparison compiles its own programs: greedy ones for all.
-        few = few_at if kind == "speed" else {(batch, 0.0)}
-        if method in config.few and (batch, temperature) not in few:
-          continue
-        for domain in config.domains:
-          yield Step(
-            kind=kind,
-            method=method,
-            domain=domain,
-            batch=batch,
-            temperature=temperature,
-          )
-
-  exact = []
-  if config.exact_prompts:
-    exact = [
-      (batch, float(t))
-      for t in config.temperatures
-      for batch in config.exact_batches
-    ]
-  # What matters most comes first, should the budget end.
-  first = [p for p in places if p[0] in (1, 16) and p[1] == 0.0]
-  rest = [p for p in places if p not in first]
-  repeated = ("fixed_same", "fixed_best", "eagle2", "joint")
-  return [
-    *steps("speed", first),
-    *(s for s in steps("exact", exact) if s.method not in repeated),
-    *steps("speed", rest),
-    *_long_steps(config),
-  ]
-
-
-def _long_steps(config: config_lib.SpeculationConfig) -> Iterable[Step]:
-  for length in config.long_prompts:
-    for prefill in config.long_prefills:
-      for method in (config_lib.PLAIN, *config.long_methods):
-        yield Step(
-          kind="long",
-          method=method,
-          domain="long_context",
-          batch=1,
-          temperature=0.0,
-          prompt_len=length,
-          prefill=prefill,
-        )
-
-
 class Measurer:
-  """Takes steps; holds the models, the artefact and plain outputs."""
+  """Takes groups of steps; holds the models and the artefact."""
 
   def __init__(
-    self,
-    config: config_lib.SpeculationConfig,
-    workdir: pathlib.Path,
-    found: Iterable[Mapping[str, Any]],
+    self, config: config_lib.SpeculationConfig, workdir: pathlib.Path
   ):
     self._config = config
     self._setup = speculation_setup.Setup(config, workdir)
-    self._records = list(found)
-    self._plain: dict[tuple, np.ndarray] = {}
-    self._warm: set[tuple] = set()
+    self._compiled: set[tuple] = set()
     self._artefact = None
     if config.wants_artefact:
       self._artefact = calibration.load(config.artefact)
@@ -165,50 +53,37 @@ class Measurer:
     config = self._config
     steps = {
       (step.method, step.batch): step
-      for step in plan(config)
+      for group in plan_lib.plan(config)
+      for step in group
       if step.kind == "speed" and step.method in config_lib.CALIBRATED
     }
     for step in steps.values():
       self._policy(step).check(config.shape_for(step.batch))
 
-  def remember(self, record: Mapping[str, Any]):
-    """Takes in a record: `fixed_same` needs that of `heterospec`."""
-    self._records.append(record)
+  def warm(self, group: Sequence[plan_lib.Step]):
+    """Compiles what a group lacks, several programs at once.
 
-  def warm(self, steps: Iterable[Step]):
-    """Compiles what steps need, several programs at once.
-
-    In `compile_threads` threads; the compiler lets go of the interpreter.
+    In `compile_threads` threads; the compiler lets go of the interpreter. The
+    other domains of a place find its programs compiled.
     """
-    config = self._config
+    config, first = self._config, group[0]
     if not config.compile_threads:
       return
-    programs: dict[tuple, dict[str, Any]] = {}
-    for step in steps:
-      method = "eagle2" if step.method in _TABLES else step.method
+    common = self._inputs(first)[0]
+    plain = np.zeros((first.batch, common["new_tokens"]), np.int32)
+    programs = []
+    for method in plan_lib.in_order(step.method for step in group):
+      method = "eagle2" if method in _TABLES else method
       method = "gated" if method == "predictive" else method
-      step = dataclasses.replace(step, method=method, domain=config.domains[0])
-      if step.key in programs:
-        continue
-      dtype, new_tokens, _ = self._sizes(step)
-      tokens, lengths = self._setup.padded(
-        [np.zeros(2, np.int32)] * step.batch, step.prompt_len
-      )
-      programs[step.key] = dict(
-        tokens=tokens,
-        lengths=lengths,
-        keys=self._setup.keys(step.domain, 0, step.batch),
-        temperature=step.temperature,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        **self._attention_fns(step),
-        **self._method(
-          step, np.zeros((step.batch, new_tokens), np.int32), lengths
-        ),
-      )
-    self._setup.warm(list(programs.values()), config.compile_threads)
+      if (*first.place, method) not in self._compiled:
+        self._compiled.add((*first.place, method))
+        step = dataclasses.replace(first, method=method)
+        programs.append(
+          {**common, **self._method(step, plain, common["lengths"])}
+        )
+    self._setup.warm(programs, config.compile_threads)
 
-  def _sizes(self, step: Step) -> tuple[str, int, int]:
+  def _sizes(self, step: plan_lib.Step) -> tuple[str, int, int]:
     """dtype, new tokens and number of prompts."""
     config = self._config
     if step.kind == "exact":
@@ -219,83 +94,108 @@ class Measurer:
     count = config.batch_1_prompts if step.batch == 1 else step.batch
     return config.dtype, config.new_tokens, min(count, config.prompts)
 
-  def measure(self, step: Step) -> dict[str, Any]:
-    """Values of the record of a step."""
+  def _inputs(self, step: plan_lib.Step) -> list[dict[str, Any]]:
+    """Arguments of a call that a group's methods share, by batch of prompts."""
     dtype, new_tokens, count = self._sizes(step)
     prompts = self._setup.prompts(
       step.domain, count=count, use="measure", size=step.prompt_len
     )
-    calls, plain_calls, expected, given = [], [], [], []
+    attention_fns, inputs = self._attention_fns(step), []
     for first in range(0, count - step.batch + 1, step.batch):
       tokens, lengths = self._setup.padded(
         prompts[first : first + step.batch], step.prompt_len
       )
-      given.append((tokens, lengths))
-      common = dict(
-        tokens=tokens,
-        lengths=lengths,
-        keys=self._setup.keys(step.domain, first, step.batch),
-        temperature=step.temperature,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        **self._attention_fns(step),
+      inputs.append(
+        dict(
+          tokens=tokens,
+          lengths=lengths,
+          keys=self._setup.keys(step.domain, first, step.batch),
+          temperature=step.temperature,
+          new_tokens=new_tokens,
+          dtype=dtype,
+          **attention_fns,
+        )
       )
-      expected.append(self._expected(step, first, common, dtype))
-      arguments = {**common, **self._method(step, expected[-1], lengths)}
-      place = (*step.place, step.method)
-      if place not in self._warm:
-        # Also where another method has compiled the program: a size of the
-        # tree that runs for the first time is slow.
-        self._setup.call(**arguments)
-        self._warm.add(place)
-      repeats, plain_repeats = [], []
-      for _ in range(self._config.repeats):
-        if self._config.interleave and step.method != config_lib.PLAIN:
-          plain_repeats.append(self._setup.call(**common, **_NO_DRAFTER))
-        repeats.append(self._setup.call(**arguments))
-      calls.append(min(repeats, key=lambda call: call.seconds))
-      if plain_repeats:
-        plain_calls.append(min(plain_repeats, key=lambda call: call.seconds))
-    if step.method == config_lib.PLAIN:
-      for first, call in enumerate(calls):
-        self._plain[self._place(step, first * step.batch, dtype)] = call.tokens
-      expected = [call.tokens for call in calls]
-    values = {
-      **speculation_values.of_calls(calls, step.batch, new_tokens),
-      **speculation_values.mismatches(calls, expected),
-    }
-    if plain_calls:
-      values["plain_tokens_per_s"] = values["written"] / sum(
-        call.seconds for call in plain_calls
-      )
-    if values["mismatched_rows"] and not step.temperature:
-      values["first_gaps"] = self._gaps(calls, expected, given, dtype)
-    return values
+    return inputs
 
-  def _gaps(self, calls, expected, given, dtype: str) -> list[float]:
+  def measure(self, group: Sequence[plan_lib.Step]) -> list[dict[str, Any]]:
+    """Values of the records of a group's steps, in their order.
+
+    Every program runs once untimed, which says what it writes: a size of the
+    tree that runs for the first time is slow, compiled or not. The turns that
+    follow say how long it takes; an exact comparison has none.
+    """
+    first, methods = group[0], [step.method for step in group]
+    inputs = self._inputs(first)
+    arguments: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, dict[str, Any]] = {}
+    expected = [np.zeros(0)] * len(inputs)  # what plain decoding writes
+    for method in plan_lib.in_order(methods):
+      step, nodes = dataclasses.replace(first, method=method), None
+      if method == "fixed_same":
+        nodes = round(values["heterospec"]["nodes_per_call"]) - 1
+      arguments[method] = [
+        common | self._method(step, tokens, common["lengths"], nodes)
+        for common, tokens in zip(inputs, expected, strict=True)
+      ]
+      calls = [self._setup.call(**a) for a in arguments[method]]
+      if method == config_lib.PLAIN:
+        expected = [call.tokens for call in calls]
+      found = {
+        **speculation_values.of_calls(
+          calls, first.batch, inputs[0]["new_tokens"]
+        ),
+        **speculation_values.mismatches(calls, expected),
+      }
+      if found["mismatched_rows"] and not first.temperature:
+        found["first_gaps"] = self._gaps(calls, expected, inputs)
+      values[method] = found
+    if first.kind != "exact":
+      timed = dict.fromkeys((config_lib.PLAIN, *methods))
+      times = self._times({name: arguments[name] for name in timed})
+      for method in methods:
+        values[method] |= speculation_values.of_times(
+          times, method, values[method]["written"], len(inputs)
+        )
+    return [values[method] for method in methods]
+
+  def _times(
+    self, arguments: Mapping[str, Sequence[dict[str, Any]]]
+  ) -> dict[str, np.ndarray]:
+    """Seconds of decoding and of prefill by method, [repeats, 2].
+
+    Methods take turns at every batch of prompts.
+    """
+    times = {name: np.zeros((self._config.repeats, 2)) for name in arguments}
+    num_batches = len(arguments[config_lib.PLAIN])
+    for turn in range(self._config.repeats):
+      for number in range(num_batches):
+        for name in plan_lib.turn_order(
+          [*arguments], turn * num_batches + number
+        ):
+          call = self._setup.call(**arguments[name][number])
+          times[name][turn] += call.seconds, call.prefill_seconds
+    return times
+
+  def _gaps(self, calls, expected, inputs) -> list[float]:
     """Logit gaps at the first difference of some rows: ties, or errors?"""
-    target, gaps = self._setup.target(dtype), []
-    for call, wanted, (tokens, lengths) in zip(
-      calls, expected, given, strict=True
-    ):
+    target, gaps = self._setup.target(inputs[0]["dtype"]), []
+    for call, wanted, common in zip(calls, expected, inputs, strict=True):
       for row in np.flatnonzero((call.tokens != wanted).any(axis=1)):
         if len(gaps) == _MAX_GAPS:
           return gaps
         one = slice(row, row + 1)  # alone: one program for every batch size
         found = agreement.first_mismatches(
           target,
-          tokens[one],
+          common["tokens"][one],
           wanted[one],
           call.tokens[one],
-          lengths=lengths[one],
+          lengths=common["lengths"][one],
         )
         gaps += [mismatch.gap for mismatch in found]
     return gaps
 
-  def _place(self, step: Step, first: int, dtype: str) -> tuple:
-    return (step.domain, first, dtype, *step.place[1:])
-
-  def _attention_fns(self, step: Step) -> dict[str, Any]:
+  def _attention_fns(self, step: plan_lib.Step) -> dict[str, Any]:
     """How target and head attend in the prompt."""
     if step.prefill == "dense":
       return {}
@@ -306,21 +206,20 @@ class Measurer:
     found = long_context_config.calibration_of(self._setup.folder)
     return dict(attention_fn=found.attention(), drafter_attention_fn=sparse)
 
-  def _expected(self, step, first, common, dtype) -> np.ndarray:
-    """What plain decoding writes; from the same batch and dtype."""
-    place = self._place(step, first, dtype)
-    if step.method == config_lib.PLAIN:
-      return np.zeros(0)
-    if place not in self._plain:
-      plain = self._setup.call(**common, **_NO_DRAFTER)
-      self._plain[place] = plain.tokens
-    return self._plain[place]
+  def _method(
+    self, step: plan_lib.Step, expected, lengths, nodes: int | None = None
+  ) -> dict[str, Any]:
+    """drafter, shape and policy of a method.
 
-  def _method(self, step: Step, expected, lengths) -> dict[str, Any]:
-    """drafter, shape and policy of a method; the oracle knows the output."""
+    Args:
+      step: names it.
+      expected: int32 [batch, new_tokens], which the oracle knows.
+      lengths: int32 [batch], of the prompts.
+      nodes: draft nodes of `fixed_same`.
+    """
     config, method = self._config, step.method
     if method == config_lib.PLAIN:
-      return dict(_NO_DRAFTER)
+      return {"drafter": None, "policy": None, "shape": None}
     if method in _DRAFTERS:
       shape = config.chain_shape
       return _in_full(method, shape, shape.max_nodes - 1)
@@ -341,18 +240,17 @@ class Measurer:
     if method == "oracle":
       known = oracle.Oracle.create(expected, lengths, shape)
       return dict(drafter=speculation_setup.EAGLE, policy=known, shape=shape)
-    return dict(
-      drafter=speculation_setup.EAGLE, policy=self._policy(step), shape=shape
-    )
+    if method == "eagle2":
+      chosen = self._setup.table(min(6, shape.max_depth), config.fixed_nodes)
+    elif method == "fixed_same":
+      assert nodes is not None
+      chosen = self._setup.table(config.fixed_depth, nodes)
+    else:
+      chosen = self._policy(step)
+    return dict(drafter=speculation_setup.EAGLE, policy=chosen, shape=shape)
 
-  def _policy(self, step: Step) -> Any:
-    config, shape = self._config, self._config.shape
-    match step.method:
-      case "eagle2":
-        return self._setup.table(min(6, shape.max_depth), config.fixed_nodes)
-      case "fixed_same":
-        nodes = round(self._mean_nodes(step)) - 1
-        return self._setup.table(config.fixed_depth, nodes)
+  def _policy(self, step: plan_lib.Step) -> Any:
+    """Of the artefact."""
     artefact = self._artefact
     assert artefact is not None, "config.wants_artefact"
     if step.method in ("predictive", "gated"):
@@ -362,17 +260,6 @@ class Measurer:
     name = {"heterospec": "rule"}.get(step.method, step.method)
     return artefact.policy(
       name, batch=step.batch, drafter_hash=self._setup.drafter_hash
-    )
-
-  def _mean_nodes(self, step: Step) -> float:
-    """Nodes, root included, of `heterospec` in the same place."""
-    wanted = dataclasses.replace(step, method="heterospec").key
-    for record in self._records:
-      if key(record) == wanted:
-        return record["nodes_per_call"]
-    raise ValueError(
-      "methods must name heterospec before fixed_same; got "
-      f"{self._config.methods}."
     )
 
 

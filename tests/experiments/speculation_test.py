@@ -2,6 +2,7 @@
 """Head, calibration and measurement, one after the other, on a tiny model."""
 
 import dataclasses
+import itertools
 import types
 
 import numpy as np
@@ -24,6 +25,8 @@ from experiments import (
 )
 from experiments.decoding import (
   speculation_config,
+  speculation_plan,
+  speculation_setup,
   speculation_summary,
   speculative_speedup_run,
 )
@@ -100,6 +103,8 @@ def test_calibrates_measures_and_resumes(
   lines = records.read(workdir / "records.jsonl")
   assert [r["method"] for r in lines] == list(config.methods)
   assert all(r["mismatched_rows"] == 0 for r in lines)
+  assert all(len(r["turn_s"]) == config.repeats for r in lines)
+  assert all(len(r["turn_over_fixed"]) == config.repeats for r in lines[2:])
   by_method = {r["method"]: r for r in lines}
   assert "first_gaps" not in by_method["fixed"]
   assert by_method["plain"]["tokens_per_call"] == 1.0
@@ -111,6 +116,18 @@ def test_calibrates_measures_and_resumes(
   assert "Tokens per call" in text
   run(monkeypatch, speculative_speedup, config, workdir)
   assert len(records.read(workdir / "records.jsonl")) == len(lines)
+  # One that is missing is measured again beside what it needs.
+  kept = (workdir / "records.jsonl").read_text().splitlines(keepends=True)
+  del kept[3]
+  (workdir / "records.jsonl").write_text("".join(kept))
+  run(monkeypatch, speculative_speedup, config, workdir)
+  *_, again = records.read(workdir / "records.jsonl")
+  assert len(kept) == len(lines) - 1
+  assert again["method"] == "fixed_same" == lines[3]["method"]
+  assert len(again["turn_over_plain"]) == config.repeats
+  assert "turn_over_fixed" not in again
+  for name in ("calls", "nodes_per_call", "accept_histogram"):
+    assert again[name] == lines[3][name]
 
   # An artefact that lacks a policy, then one of another head.
   fewer = dataclasses.replace(
@@ -153,11 +170,16 @@ def test_trains_a_head(model_folder, in_process, monkeypatch, tmp_path):
 def test_the_configs_are_well_formed():
   for module in (default, pylib_12m, pylib_12m_long, smoke):
     config = speculation_config.parse(module.get_config())
-    steps = speculative_speedup_run.plan(config)
+    groups = speculation_plan.plan(config)
+    steps = [step for group in groups for step in group]
     assert len({step.key for step in steps}) == len(steps)
-    methods = [s.method for s in steps if s.kind == "speed"]
-    if "fixed_same" in methods:
-      assert methods.index("heterospec") < methods.index("fixed_same")
+    assert len({(*g[0].place, g[0].domain) for g in groups}) == len(groups)
+    for group in groups:
+      assert len({(*s.place, s.domain) for s in group}) == 1
+      methods = [step.method for step in group]
+      assert methods[0] == "plain"
+      if "fixed_same" in methods:
+        assert methods.index("heterospec") < methods.index("fixed_same")
     for batch in config.batches:
       assert config.shape_for(batch).max_nodes == config.shape.max_nodes
       fixed = config.fixed_shape_for(batch)
@@ -219,11 +241,138 @@ def test_speed_ups_are_per_domain():
   assert np.isclose(mean["heterospec"]["tokens_per_s"], 270.0)
 
 
+def test_ratios_are_taken_turn_by_turn():
+  base = dict(
+    kind="speed", batch=1, temperature=0.0, rows=1, calls=10, written=10,
+    mismatched_rows=0, nodes_per_token=1.0, tokens_per_call=1.0,
+    nodes_per_call=1.0, tokens_per_s=1.0,
+  )  # fmt: skip
+  made = []
+  for domain, turns in (("code", [1.1, 1.0, 1.3]), ("docs", [0.9, 1.0, 0.8])):
+    made += [
+      base | dict(method="plain", domain=domain),
+      base | dict(method="fixed", domain=domain, turn_over_plain=[2.0, 9.0, 3]),
+      base
+      | dict(
+        method="heterospec",
+        domain=domain,
+        turn_over_plain=[4.0, 5.0, 1.0],
+        turn_over_fixed=turns,
+      ),
+    ]
+  # A method that was measured later has no turn beside the fixed tree.
+  made.append(
+    base | dict(method="joint", domain="docs", turn_over_plain=[6.0, 6.0, 1.0])
+  )
+  rows = speculation_summary.summarise(made)
+  by = {(r["domain"], r["method"]): r for r in rows}
+  assert by["code", "heterospec"]["over_fixed"] == pytest.approx(0.1)
+  error = np.std([1.1, 1.0, 1.3], ddof=1) / np.sqrt(3)
+  assert by["code", "heterospec"]["over_fixed_error"] == pytest.approx(error)
+  mean = by["mean", "heterospec"]
+  assert mean["speedup"] == 4.0 and by["mean", "fixed"]["speedup"] == 3.0
+  assert mean["over_fixed"] == pytest.approx((0.1 - 0.1) / 2, abs=1e-9)
+  other = np.std([0.9, 1.0, 0.8], ddof=1) / np.sqrt(3)
+  assert mean["over_fixed_error"] == pytest.approx(np.hypot(error, other) / 2)
+  assert by["docs", "joint"]["over_fixed"] == pytest.approx(6.0 / 3.0 - 1.0)
+  assert "over_fixed_error" not in by["docs", "joint"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_no_method_always_follows_the_same_one(count):
+  orders = [
+    speculation_plan.turn_order("abcdefgh"[:count], t) for t in range(9)
+  ]
+  for place in range(count):
+    assert len({order[place] for order in orders[:count]}) == count
+  pairs = [pair for o in orders[:count] for pair in itertools.pairwise(o)]
+  if count % 2 == 0:
+    assert len(set(pairs)) == len(pairs) == count * (count - 1)
+  for method in "abcdefgh"[:count]:
+    before = {a for a, b in pairs if b == method}
+    assert len(before) >= min(2, count - 1)
+
+
+def measured_in_turns(config, tmp_path, monkeypatch, kind, methods):
+  """Values of a group whose calls take what a drifting machine would take."""
+  measurer = speculative_speedup_run.Measurer(config, tmp_path)
+  called = []
+
+  def call(*, method, tokens, **_):
+    called.append(method)
+    return speculation_setup.Call(
+      tokens=tokens[:, :4],
+      seconds={"plain": 6.0, "fixed": 3.0}.get(method, 2.0)
+      * len(called) ** 0.1,
+      prefill_seconds=1.0,
+      log=None,
+    )
+
+  def arguments(step, expected, lengths, nodes=None):
+    assert (nodes is not None) == (step.method == "fixed_same")
+    return {"method": step.method}
+
+  setup = types.SimpleNamespace(
+    call=call,
+    prompts=lambda domain, *, count, use, size: [np.arange(8)] * count,
+    padded=lambda prompts, size: (np.stack(prompts), np.full(len(prompts), 8)),
+    keys=lambda domain, first, count: None,
+  )
+  monkeypatch.setattr(measurer, "_setup", setup)
+  monkeypatch.setattr(measurer, "_method", arguments)
+  group = [
+    speculation_plan.Step(
+      kind=kind, method=m, domain="tables", batch=1, temperature=0.0
+    )
+    for m in methods
+  ]
+  return measurer.measure(group), called
+
+
+def test_methods_are_timed_in_turns(model_folder, tmp_path, monkeypatch):
+  settings = small(model_folder, tmp_path)
+  settings.methods = ("plain",)  # No artefact is read.
+  settings.repeats, settings.batch_1_prompts, settings.exact_prompts = 3, 2, 2
+  config = speculation_config.parse(settings)
+  given = config, tmp_path, monkeypatch
+  methods = ["plain", "fixed", "heterospec"]
+  values, called = measured_in_turns(*given, "speed", methods)
+  # Two batches of prompts: once each, then three turns.
+  assert called[:6] == [m for m in methods for _ in range(2)]
+  for first in range(6, len(called), 3):
+    assert sorted(called[first : first + 3]) == sorted(methods)
+  assert len(called) == 6 + 3 * 2 * 3
+  plain, fixed, adaptive = values
+  assert "turn_over_plain" not in plain and "turn_over_fixed" not in fixed
+  for name, value, true in (
+    ("turn_over_plain", fixed, 2.0),
+    ("turn_over_plain", adaptive, 3.0),
+    ("turn_over_fixed", adaptive, 1.5),
+  ):
+    np.testing.assert_allclose(value[name], true, rtol=0.03)
+  assert len(fixed["turn_s"]) == 3
+  assert fixed["decode_s"] == np.median(fixed["turn_s"]) > fixed["turn_s"][0]
+  assert fixed["tokens_per_s"] == fixed["written"] / fixed["decode_s"]
+  assert fixed["latency_s"] == pytest.approx(fixed["decode_s"] / 2 + 1.0)
+
+  # Alone, it needs plain decoding's times and HeteroSpec's nodes.
+  values, called = measured_in_turns(*given, "speed", ["fixed_same"])
+  assert len(values) == 1
+  assert [called.count(m) for m in ("plain", "heterospec", "fixed_same")] == [
+    *(8, 2, 8)
+  ]
+  values, called = measured_in_turns(*given, "exact", ["plain", "fixed"])
+  assert called == ["plain"] * 2 + ["fixed"] * 2
+  assert all(
+    "tokens_per_s" not in v and not v["mismatched_rows"] for v in values
+  )
+
+
 def test_gaps_are_those_of_the_rows_that_differ(model_folder, tmp_path):
   config = small(model_folder, tmp_path)
   config.methods = ("plain",)
   measurer = speculative_speedup_run.Measurer(
-    speculation_config.parse(config), tmp_path, []
+    speculation_config.parse(config), tmp_path
   )
   prompt = np.arange(3, 11, dtype=np.int32)[None]
   wanted = np.full((1, 4), 7, np.int32)
@@ -233,8 +382,7 @@ def test_gaps_are_those_of_the_rows_that_differ(model_folder, tmp_path):
   gaps = measurer._gaps(
     [call, types.SimpleNamespace(tokens=wanted)],
     [wanted, wanted],
-    [(prompt, np.array([8], np.int32))] * 2,
-    "float32",
+    [dict(tokens=prompt, lengths=np.array([8], np.int32), dtype="float32")] * 2,
   )
   model = models.load_hf(model_folder)
   known = np.concatenate([prompt[0], [7, 7]])[None]
