@@ -88,9 +88,9 @@ class SpeculationConfig:
       "": the standard library, tokenised into the workdir.
     artefact: file that the calibration writes and the measurement reads.
     shape: sizes of the tree of every method but the three below; `fixed` is
-      compiled for the one depth and the largest sizes that it needs.
-    packed: (batch, sizes...) of the batches whose rows share one verification;
-      sizes count the nodes of all rows, roots included.
+      compiled for the one depth and the size that it needs.
+    packed: (batch, sizes...) of the batches whose rows share one verification,
+      but for `fixed`; sizes count the nodes of all rows, roots included.
     chain_shape: of n-gram and suffix drafting.
     static_shape: of the static tree.
     combined_shape: of `combined`; its max_depth is the lookup's, the head has
@@ -248,16 +248,15 @@ class SpeculationConfig:
       return self.shape
     return dataclasses.replace(self.shape, packed=sizes[batch])
 
-  def fixed_shape_for(self, batch: int) -> tree.TreeShape:
-    """`shape_for` of the method `fixed`: nothing that adapts is compiled."""
-    sizes = self.shape_for(batch)
-    largest = next(x for x in sizes.buckets if x > self.fixed_nodes)
+  @property
+  def fixed_shape(self) -> tree.TreeShape:
+    """Of the method `fixed`: nothing adapts, every row has all its nodes."""
+    largest = next(x for x in self.shape.buckets if x > self.fixed_nodes)
     return dataclasses.replace(
-      sizes,
+      self.shape,
       base_depth=self.fixed_depth,
       max_depth=self.fixed_depth,
       buckets=(largest,),
-      packed=sizes.packed[-1:],
     )
 
   def combined_shape_for(self, batch: int) -> tree.TreeShape:

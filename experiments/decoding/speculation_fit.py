@@ -7,12 +7,11 @@ from experiments.decoding import speculation_setup
 from unisparse_jax.speculative import calibration
 from unisparse_jax.speculative.calibration import predictor
 
-# Numbers of draft nodes that `thrifty` chooses from. On the steps that it is
-# fitted to it must bring so many more tokens than the fixed tree, and keep this
-# share of the best rate.
+# Numbers of draft nodes that `thrifty` chooses from at the depths of `joint`.
+# On the steps that it is fitted to it must keep this share of that table's
+# tokens, and bring so many more than the fixed tree where that table does.
 _SIZES = (3, 7, 11, 15, 19, 23, 27, 31, 39, 47, 55, 63)
-_MARGIN = 1.01
-_RATE_SHARE = 0.99
+_KEPT, _MORE = 0.99, 1.01
 
 
 def fit(
@@ -75,7 +74,7 @@ def fit(
     for part, part_log in (("train", train), ("test", test))
   }
   like = sized["train"].arms.index((config.fixed_depth, config.fixed_nodes))
-  least_tokens = _MARGIN * float(sized["train"].tokens[:, like].mean())
+  fixed_tokens = float(sized["train"].tokens[:, like].mean())
   tables, comparison = [rule], []
   rates, step_ms = {}, {}
   for cost in costs:
@@ -86,8 +85,8 @@ def fit(
       bins,
       cost,
       num_bins=calibration.NUM_BINS,
-      least_tokens=least_tokens,
-      least_rate=_RATE_SHARE * joint.rate,
+      least_tokens=max(_KEPT * joint.tokens_per_step, _MORE * fixed_tokens),
+      depth=joint.depth,
     )
     for name, choice in (
       ("joint", joint),

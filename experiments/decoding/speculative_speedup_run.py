@@ -74,7 +74,6 @@ class Measurer:
     programs = []
     for method in plan_lib.in_order(step.method for step in group):
       method = "eagle2" if method in _TABLES else method
-      method = "gated" if method == "predictive" else method
       if (*first.place, method) not in self._compiled:
         self._compiled.add((*first.place, method))
         step = dataclasses.replace(first, method=method)
@@ -228,7 +227,7 @@ class Measurer:
       count = sum(len(level) for level in shape.static_levels)
       return _in_full(speculation_setup.EAGLE, shape, count)
     if method == "fixed":
-      shape = config.fixed_shape_for(step.batch)
+      shape = config.fixed_shape
       return _in_full(speculation_setup.EAGLE, shape, config.fixed_nodes)
     if method == speculation_setup.COMBINED:
       return dict(

@@ -182,10 +182,10 @@ def test_the_configs_are_well_formed():
         assert methods.index("heterospec") < methods.index("fixed_same")
     for batch in config.batches:
       assert config.shape_for(batch).max_nodes == config.shape.max_nodes
-      fixed = config.fixed_shape_for(batch)
-      assert fixed.base_depth == fixed.max_depth == config.fixed_depth
-      assert len(fixed.buckets) == 1 and len(fixed.packed) <= 1
-      assert config.fixed_nodes < fixed.max_nodes <= config.shape.max_nodes
+    fixed = config.fixed_shape
+    assert fixed.base_depth == fixed.max_depth == config.fixed_depth
+    assert len(fixed.buckets) == 1 and not fixed.packed
+    assert config.fixed_nodes < fixed.max_nodes <= config.shape.max_nodes
   for module in (head_default, head_pylib, head_smoke):
     values = module.get_config()
     flags_and_configs.to_dataclass(

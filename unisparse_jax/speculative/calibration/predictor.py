@@ -228,7 +228,6 @@ def from_artefact(
     rate=float(stored["rates"][str(costs.batch)]),
     width=artefact.width,
     drafter_hash=artefact.drafter_hash,
-    shared=not costs.packed,
   )
   if not gate:
     return inner

@@ -154,44 +154,39 @@ def fewest_nodes(
   *,
   num_bins: int,
   least_tokens: float,
-  least_rate: float = 0.0,
+  depth: np.ndarray | None = None,
 ) -> Choice:
   """The arm of each bin, for the fewest verified tokens that are enough.
 
-  Maximises tokens - least_rate * time - price * (nodes + 1), with the highest
-  price at which the steps still bring `least_tokens` and `least_rate` in the
-  mean.
+  Maximises tokens - price * (nodes + 1), with the highest price at which the
+  steps still bring `least_tokens` in the mean.
 
   Args:
     arms: of the steps.
     bins: int [n], bin of each step.
-    costs: of the batch that is optimised for; rows that differ in a step are
-      counted in the result, not in the search.
+    costs: of the batch that the result is evaluated for.
     num_bins: a bin without steps gets what is best without bins.
-    least_tokens: per step, bonus included; where no price above 0 brings them,
-      it is 0.
-    least_rate: tokens per millisecond of a row; 0: time does not count.
+    least_tokens: per step, bonus included; where no table brings them, the one
+      that brings most.
+    depth: int [num_bins], the levels of each bin; None: any.
   """
   sizes = np.array([n for _, n in arms.arms]) + 1.0
-  times = arms.times(costs)
+  levels = np.array([d for d, _ in arms.arms])
   counts, sums = _totals(arms, bins, num_bins)
+  allowed = True if depth is None else levels == np.asarray(depth)[:, None]
 
   def table_at(price):
-    gain = sums - counts[:, None] * (least_rate * times + price * sizes)
-    everywhere = int(np.argmax(gain.sum(axis=0)))
-    return np.where(counts > 0, np.argmax(gain, axis=1), everywhere)
+    gain = sums - price * counts[:, None] * sizes[None, :]
+    gain = np.where(counts[:, None] > 0, gain, gain.sum(axis=0))
+    return np.argmax(np.where(allowed, gain, -np.inf), axis=1)
 
-  def is_enough(table):
-    tokens = sums[np.arange(num_bins), table].sum()
-    floor = max(
-      least_tokens * counts.sum(), least_rate * (counts * times[table]).sum()
-    )
-    return tokens >= floor
+  def tokens(table):
+    return sums[np.arange(num_bins), table].sum() / counts.sum()
 
   low, high = 0.0, float(arms.tokens.max())  # at `high` no node is worth it
   for _ in range(60):
     middle = (low + high) / 2.0
-    if is_enough(table_at(middle)):
+    if tokens(table_at(middle)) >= least_tokens:
       low = middle
     else:
       high = middle

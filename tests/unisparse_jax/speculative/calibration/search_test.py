@@ -104,22 +104,24 @@ def test_fewest_nodes_bring_what_is_asked_for():
     arms, bins, COSTS, num_bins=2, least_tokens=2 * most
   )
   assert beyond.tokens_per_step == pytest.approx(most)
-  # As fast as the fastest table, with no more nodes than it.
-  best = calibration.by_bin(arms, bins, COSTS, num_bins=2)
-  fast = calibration.fewest_nodes(
-    arms,
-    bins,
-    COSTS,
-    num_bins=2,
-    least_tokens=1.0,
-    least_rate=0.99 * best.rate,
+  # At given depths: all arms of them are tried.
+  depth = np.array([8, 4])
+  levels = np.array([d for d, _ in arms.arms])
+  allowed = [np.flatnonzero(levels == d) for d in depth]
+  tables = [np.array(t)[bins] for t in itertools.product(*allowed)]
+  brought = [
+    np.take_along_axis(arms.tokens, picked[:, None], 1).mean()
+    for picked in tables
+  ]
+  choice = calibration.fewest_nodes(
+    arms, bins, COSTS, num_bins=2, least_tokens=max(brought), depth=depth
   )
-  assert fast.rate >= 0.99 * best.rate - 1e-9
-  assert (fast.nodes + 1)[bins].mean() <= (best.nodes + 1)[bins].mean()
-  slow = calibration.fewest_nodes(
-    arms, bins, COSTS, num_bins=2, least_tokens=1.0
+  np.testing.assert_array_equal(choice.depth, depth)
+  assert (choice.nodes + 1)[bins].mean() == min(
+    sizes[picked].mean()
+    for picked, tokens in zip(tables, brought, strict=True)
+    if tokens >= max(brought) - 1e-6
   )
-  assert slow.rate < 0.99 * best.rate
 
 
 def test_a_bin_without_steps_gets_the_best_single_arm():
