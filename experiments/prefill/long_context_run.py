@@ -19,6 +19,7 @@ from unisparse_jax.data import sources
 
 _NUM_TRAIN_FILES = 600  # for calibration, spread over the standard library
 _NUM_OTHER_FILES = 3  # A cache has both splits, though one is read.
+TIMED = ("attention_time", "prefill")  # kinds of steps whose value is a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     self._params, self._layer_params = self.programs.params(model)
 
   def measure(self, step: long_context_run.Step) -> dict[str, Any]:
-    if step.kind in ("attention_time", "prefill"):
+    if step.kind in long_context_run.TIMED:
       self.programs.wait()  # a compiler beside it would spoil the time
     return super().measure(step)
 
@@ -70,7 +70,10 @@ class ScannedMeasurer(long_context_run.Measurer):
     )
     tokens, lengths = evaluation.pad_prompts(samples, prompt_len)
     rows = tuple(
-      self._run_prefill(step.pattern, step.length, row, num_tokens)
+      dataclasses.replace(
+        self._run_prefill(step.pattern, step.length, row, num_tokens),
+        residual=None,
+      )
       for row, num_tokens in zip(tokens, lengths, strict=True)
     )
     new_tokens = self.programs.decode(step.length)(self._params, rows)
@@ -79,6 +82,35 @@ class ScannedMeasurer(long_context_run.Measurer):
         samples, np.asarray(new_tokens), self._corpus.tokenizer.decode
       )
     )
+
+  def _next_token(self, step: long_context_run.Step) -> dict[str, Any]:
+    code = self._share("code", self._code)
+    code = code[:, : self.programs.prompt_len(step.length)]
+    values = []
+    for row, tokens in enumerate(code):
+      # Of a pass only [1, length, embed_dim] is kept, of dense ones for the
+      # patterns to come.
+      dense_residual = self._share(
+        "dense_residual",
+        lambda tokens=tokens: self._residual(config_lib.DENSE, tokens),
+        row,
+      )
+      residual = dense_residual
+      if step.pattern != config_lib.DENSE:
+        residual = self._residual(step.pattern, tokens)
+      compared = self.programs.compare(step.length)(
+        self._params, tokens[None], residual, dense_residual
+      )
+      values.append({name: float(x) for name, x in compared.items()})
+    return {
+      name: float(np.mean([value[name] for value in values]))
+      for name in values[0]
+    }
+
+  def _residual(self, label: str, tokens: jax.Array) -> jax.Array:
+    found = self._run_prefill(label, self._length, tokens, len(tokens))
+    assert found.residual is not None
+    return found.residual
 
   def _text(self) -> np.ndarray:
     """int32 [length] of what attention is captured on."""
@@ -176,7 +208,6 @@ def compile_only(
 ) -> long_context_programs.Programs:
   """Compiles all that a run with these settings may need, without weights."""
   programs = long_context_programs.Programs(config, model_config, stop_ids)
-  for length in config.lengths:
-    programs.ahead(length)
+  programs.ahead(*config.lengths)
   programs.wait()
   return programs
