@@ -49,6 +49,7 @@ def main(argv):
     )
   else:
     found, workdir = long_context.measure_all(config, _WORKDIR.value, console)
+  found = frontier.with_earlier(found)
   rows = long_context_summary.summarise(found)
   matched = frontier_figures.matched(rows, sweeps, share)
   records.write_json(workdir / "matched.json", matched)

@@ -149,6 +149,16 @@ class LongContextConfig:
     if self.mask_label:
       checks.check_choice("mask_label", self.mask_label, labels)
 
+  @property
+  def answer_len(self) -> int:
+    """Tokens of the longest answer; 0 without tasks."""
+    budgets = [tasks.TASKS[task].max_new_tokens for task in self.tasks]
+    return max(budgets, default=0)
+
+  def prompt_len(self, length: int) -> int:
+    """Tokens of a prompt that leaves room for the longest answer."""
+    return length - self.answer_len
+
   def measures(self) -> dict[str, tuple[str, ...]]:
     """{label: what is measured of it}, the reference first."""
     return {DENSE: self.reference_measure} | {

@@ -21,7 +21,7 @@ from flax import nnx
 
 import pallas_kernels
 from experiments.prefill import long_context_config as config_lib
-from unisparse_jax import attention, evaluation, models, tasks
+from unisparse_jax import attention, evaluation, models
 from unisparse_jax.models import decoder
 
 _CAPACITY_MULTIPLE = 128
@@ -118,7 +118,7 @@ class Programs:
       )
 
     def trace():
-      tokens = self._tokens(self.prompt_len(length))
+      tokens = self._tokens(self._config.prompt_len(length))
       residual = jax.ShapeDtypeStruct(
         (*tokens.shape, self._model_config.embed_dim), self._dtype
       )
@@ -206,13 +206,25 @@ class Programs:
   def ahead(self, *lengths: int):
     """Starts to compile all that lengths need, in the order of the patterns.
 
-    What passes of the whole model need comes first: no clock runs then.
+    What passes of the whole model need comes first: no clock runs then. Each
+    program is begun once: a thread that asked for another's would wait for it.
     """
+    begun = set()
     for whole in (True, False):
       for length in lengths:
         for label, measure in self._config.measures().items():
           for make in self._wanted(label, measure, length, whole):
-            self._pool.submit(_quietly, make)
+            key = (make.func, *map(self._without_budget, make.args))
+            if key not in begun:
+              begun.add(key)
+              self._pool.submit(_quietly, make)
+
+  def _without_budget(self, argument):
+    """Of a label, what its programs differ by."""
+    if not isinstance(argument, str):
+      return argument
+    fn, budgets = self.budgeted(argument)
+    return fn, budgets.budget.shape
 
   def _wanted(self, label, measure, length, whole):
     """Calls that compile what a pattern needs: of the model, or of a layer."""
@@ -282,14 +294,6 @@ class Programs:
 
   # Shapes.
 
-  def prompt_len(self, length: int) -> int:
-    """Tokens of a prompt that leaves room for the longest answer."""
-    return length - self._answer_len() if self._config.tasks else length
-
-  def _answer_len(self) -> int:
-    budgets = [tasks.TASKS[t].max_new_tokens for t in self._config.tasks]
-    return max(budgets, default=0)
-
   def _tokens(self, length: int):
     return jax.ShapeDtypeStruct((1, length), jnp.int32)
 
@@ -324,7 +328,7 @@ class Programs:
     return self._sizes[key]
 
   def _trace_prefill(self, fn, budgets, length, *, keep_q=False):
-    q_len = length if keep_q else self.prompt_len(length)
+    q_len = length if keep_q else self._config.prompt_len(length)
     capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
     def prefill(params, layers, tokens, lengths, budgets):
@@ -369,7 +373,7 @@ class Programs:
         nnx.merge(self._graphdef, nnx.State(params)),
         logits,
         cache,
-        max_new_tokens=self._answer_len(),
+        max_new_tokens=self._config.answer_len,
         eos_id=self._stop_ids or None,
       )[0]
 

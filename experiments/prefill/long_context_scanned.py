@@ -55,7 +55,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     )
 
   def _answers(self, step: long_context_run.Step) -> dict[str, Any]:
-    prompt_len = self.programs.prompt_len(step.length)
+    prompt_len = self._config.prompt_len(step.length)
     samples = self._share(
       "samples",
       lambda: long_context_run.draw_samples(
@@ -85,7 +85,7 @@ class ScannedMeasurer(long_context_run.Measurer):
 
   def _next_token(self, step: long_context_run.Step) -> dict[str, Any]:
     code = self._share("code", self._code)
-    code = code[:, : self.programs.prompt_len(step.length)]
+    code = code[:, : self._config.prompt_len(step.length)]
     values = []
     for row, tokens in enumerate(code):
       # Of a pass only [1, length, embed_dim] is kept, of dense ones for the
@@ -187,7 +187,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     }
 
   def _prefill(self, step: long_context_run.Step) -> dict[str, Any]:
-    prompt_len = self.programs.prompt_len(step.length)
+    prompt_len = self._config.prompt_len(step.length)
     _, budgets = self.programs.budgeted(step.pattern)
     timed = timing.measure_compiled(
       self.programs.prefill(step.pattern, step.length),
