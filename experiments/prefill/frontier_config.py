@@ -16,7 +16,8 @@ from unisparse_jax import records
 _LOG = logging.getLogger(__name__)
 _OWN = ("sweeps", "matched_share")
 _SWITCHES = ("search", "compile_only")
-_BORROWED = ("answers", "layers")  # kinds that no clock decides
+# Kinds that no clock decides, and what a complete record of them has.
+_BORROWED = {"answers": "score", "layers": "nominal_density"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,8 @@ class FrontierConfig:
       found: of this run, one at least.
 
     Returns:
-      Those of patterns and lengths of this run, with equal settings and a
-      complete record, come before its own.
+      Those of patterns and lengths of this run, with equal settings, come
+      before its own. A record without settings is of the line before it.
 
     Raises:
       ValueError: `beside` is of another model.
@@ -137,25 +138,23 @@ class FrontierConfig:
     own = {(r["pattern"], r["length"], r["kind"]) for r in found}
     wanted = {(pattern, length) for pattern, length, _ in own}
     patterns = {p["label"]: p for p in map(_settings, self.run.patterns)}
-    borrowed = []
+    ours = found[-1]["settings"].get("model_sha256")
+    borrowed, there = [], {}
     for record in records.read(pathlib.Path(self.beside)):
-      key = (record["pattern"], record["length"])
-      settings = record.get("settings")
-      if not settings or record["kind"] not in _BORROWED or key not in wanted:
-        continue
-      if (*key, record["kind"]) in own:
-        continue
-      theirs, ours = (
-        values.get("model_sha256")
-        for values in (settings, found[-1]["settings"])
-      )
-      if theirs != ours:
-        raise ValueError(
-          "config.beside must hold records of the same model; got "
-          f"model_sha256={theirs!r}; expected {ours!r}."
+      if settings := record.get("settings"):
+        there = {p["label"]: p for p in map(_settings, settings["patterns"])}
+        theirs = settings.get("model_sha256")
+        checks.require(
+          theirs == ours, "config.beside", "be of this model", theirs, str(ours)
         )
-      there = {p["label"]: p for p in map(_settings, settings["patterns"])}
-      if there.get(key[0]) == patterns.get(key[0]):
+      label, kind = record["pattern"], record["kind"]
+      if (
+        (label, record["length"]) in wanted
+        and (label, record["length"], kind) not in own
+        and kind in _BORROWED
+        and _BORROWED[kind] in record
+        and there.get(label) == patterns.get(label)
+      ):
         borrowed.append(record)
     return borrowed + found
 

@@ -174,7 +174,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     program = self.programs.attend(step.pattern, layer, step.length)
     whole = measure(program, *qkv, budget)
     select_ms = 0.0
-    if step.pattern != config_lib.DENSE:
+    if step.pattern not in (config_lib.DENSE, config_lib.JAX_NN):
       select = self.programs.select(step.pattern, layer, step.length)
       select_ms = measure(select, *qkv[:2], budget).median_ms
     return {

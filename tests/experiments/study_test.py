@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scanned layers, captured arrays and real masks, on a tiny model."""
 
+import concurrent.futures
 import types
 
 import jax
@@ -178,6 +179,45 @@ def test_programs_compile_without_weights(
   # Dense: prefill, capture, attention. The pattern, for all layers: selection,
   # dense attention with its lse, quality.
   assert "6 programs" in out
+
+
+def test_every_program_is_begun_once_and_one_that_fails_costs_no_other(
+  monkeypatch, model_folder, in_process, tmp_path, capsys
+):
+  begun = []
+  submit = concurrent.futures.ThreadPoolExecutor.submit
+
+  def count(self, fn, make):
+    begun.append(make)
+    return submit(self, fn, make)
+
+  measure = long_context_run.Measurer.measure
+
+  def refuse(self, step):
+    if step.pattern == "x 0.5":
+      raise NotImplementedError("not here")
+    return measure(self, step)
+
+  monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", count)
+  monkeypatch.setattr(long_context_run.Measurer, "measure", refuse)
+  measured = ("layers",)
+  run_frontier(
+    *(monkeypatch, model_folder, tmp_path / "run"),
+    sweeps=(SWEEP | dict(values=(0.5, 0.8, 0.9), measure=measured),),
+    **dict(reference_measure=("prefill",), tasks=(), search=False),
+  )
+  assert [make.func.__name__ for make in begun] == [
+    *("prefill", "capture", "attend", "select", "dense_with_lse", "quality")
+  ]
+  out = capsys.readouterr().out
+  assert out.count("x 0.5 · 512 · 0: NotImplementedError: not here") == 1
+  found = records.read(tmp_path / "run" / "records.jsonl")
+  # What needs a clock comes last.
+  assert [(r["kind"], r["pattern"]) for r in found] == [
+    *[("layers", "x 0.8")] * 2,
+    *[("layers", "x 0.9")] * 2,
+    ("prefill", "dense"),
+  ]
 
 
 class LoweredForCuda(long_context_programs.Programs):
