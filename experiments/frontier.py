@@ -8,7 +8,8 @@ fastest budget that keeps the dense score. Writes WORKDIR/records.jsonl,
 WORKDIR/matched.json and WORKDIR/report.html. With `search` the answers of few
 budgets are asked for, see `experiments.prefill.frontier_search`; with
 `compile_only` the programs are compiled into the cache and nothing is measured,
-for which the model's folder needs no weights.
+for which the model's folder needs no weights; `beside` names records of an
+earlier run on the same model, whose answers and layers are drawn with these.
 
 The same command goes on where an earlier one stopped.
 """
@@ -49,6 +50,7 @@ def main(argv):
     )
   else:
     found, workdir = long_context.measure_all(config, _WORKDIR.value, console)
+  found = frontier.with_earlier(found)
   rows = long_context_summary.summarise(found)
   matched = frontier_figures.matched(rows, sweeps, share)
   records.write_json(workdir / "matched.json", matched)

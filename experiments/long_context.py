@@ -120,6 +120,8 @@ def measure_all(
   """
   run = MeasuredRun(config, workdir)
   steps = long_context_run.plan(config, run.model_config.num_layers)
+  if config.scan_layers:  # a clock waits for the compiler; the rest need not
+    steps.sort(key=lambda step: step.kind in long_context_run.TIMED)
   done = {long_context_run.key(record) for record in run.found()}
   missing = [step for step in steps if step.key not in done]
   console.print(
@@ -136,7 +138,16 @@ def run_steps(
   steps: list[long_context_run.Step],
   console: rich.console.Console,
 ):
-  """Takes the steps, with a line each and, on a terminal, a bar."""
+  """Takes the steps, with a line each and, on a terminal, a bar.
+
+  With scan_layers all that is left to compile is compiled beside them, and one
+  that fails is told of and left out, with what its pattern lacks of its kind at
+  that length: a card's minutes must not end with one program.
+  """
+  failed = set()
+  if run.config.scan_layers:
+    lengths = dict.fromkeys(step.length for step in steps)
+    run.measurer.programs.ahead(*lengths)
   columns = (
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),
@@ -151,11 +162,24 @@ def run_steps(
     for number, step in enumerate(steps, start=1):
       if run.time_is_up():
         console.print(f"time is up: {len(steps) - number + 1} are left")
-        return
+        break
       progress.update(bar, description=str(step))
-      values = run.take(step)
-      print_step(console, f"{number}/{len(steps)}", step, values)
       progress.advance(bar)
+      attempt = (step.kind, step.pattern, step.length)
+      if attempt in failed:
+        continue
+      try:
+        values = run.take(step)
+      except Exception as error:
+        if not run.config.scan_layers:
+          raise
+        failed.add(attempt)
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        console.print(f"[{number}] {step}: {reason}", markup=False)
+        continue
+      print_step(console, f"{number}/{len(steps)}", step, values)
+  if run.config.scan_layers:
+    run.measurer.programs.close()
 
 
 def print_step(

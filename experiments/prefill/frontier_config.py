@@ -2,6 +2,7 @@
 """Settings of the frontier: sweeps, which become patterns of one long run."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -10,10 +11,13 @@ from typing import Any
 from experiments.frame import flags_and_configs
 from experiments.prefill import long_context_config
 from pallas_kernels import checks
+from unisparse_jax import records
 
 _LOG = logging.getLogger(__name__)
 _OWN = ("sweeps", "matched_share")
 _SWITCHES = ("search", "compile_only")
+# Kinds that no clock decides, and what a complete record of them has.
+_BORROWED = {"answers": "score", "layers": "nominal_density"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,9 @@ class FrontierConfig:
     sweeps: the patterns at their budgets.
     share: of the dense score that counts as matched.
     search: measure by `frontier_search`; values rise from sparse to full then.
+    beside: file of records of another run on the same model, or "". Answers and
+      layers of patterns that this run does not measure so are taken from it for
+      pictures and tables; times are not, for the device may be another.
     compile_only: compile and measure nothing; with scan_layers only.
   """
 
@@ -87,6 +94,7 @@ class FrontierConfig:
   share: float
   search: bool = False
   compile_only: bool = False
+  beside: str = ""
 
   def __post_init__(self):
     checks.check_fraction("config.matched_share", self.share)
@@ -95,6 +103,12 @@ class FrontierConfig:
       checks.require(
         isinstance(value, bool), f"config.{name}", "be a bool", value
       )
+    checks.require(
+      self.beside == "" or pathlib.Path(self.beside).is_file(),
+      "config.beside",
+      "be a file of records, or empty",
+      self.beside,
+    )
     checks.require(
       self.run.scan_layers or not self.compile_only,
       "config.compile_only",
@@ -108,6 +122,42 @@ class FrontierConfig:
       "not be empty with search",
       self.run.tasks,
     )
+
+  def with_earlier(self, found: list[dict]) -> list[dict]:
+    """Records of this run, and of `beside` those that it lacks.
+
+    Args:
+      found: of this run, one at least.
+
+    Returns:
+      Those of patterns and lengths of this run, with equal settings, come
+      before its own. A record without settings is of the line before it.
+      None where `beside` is of another model.
+    """
+    if not self.beside:
+      return found
+    own = {(r["pattern"], r["length"], r["kind"]) for r in found}
+    wanted = {(pattern, length) for pattern, length, _ in own}
+    patterns = {p["label"]: p for p in map(_settings, self.run.patterns)}
+    ours = found[-1]["settings"].get("model_sha256")
+    borrowed, there = [], {}
+    for record in records.read(pathlib.Path(self.beside)):
+      if settings := record.get("settings"):
+        there = {p["label"]: p for p in map(_settings, settings["patterns"])}
+        theirs = settings.get("model_sha256")
+        if theirs != ours:  # not worth the measurements that were taken
+          _LOG.warning("%s is of another model: %s", self.beside, theirs)
+          return found
+      label, kind = record["pattern"], record["kind"]
+      if (
+        (label, record["length"]) in wanted
+        and (label, record["length"], kind) not in own
+        and kind in _BORROWED
+        and _BORROWED[kind] in record
+        and there.get(label) == patterns.get(label)
+      ):
+        borrowed.append(record)
+    return borrowed + found
 
   def point(self, label: str) -> tuple[Sweep, Any]:
     """The sweep and the budget of a pattern's label."""
@@ -124,7 +174,7 @@ def parse(config: Any) -> FrontierConfig:
     config: fields of `LongContextConfig` but `patterns`; "sweeps", mappings
       with the fields of `Sweep`, other keys being settings of the pattern;
       "matched_share", the share of the dense score that counts as matched; and
-      maybe "search" and "compile_only", see `FrontierConfig`.
+      maybe "search", "compile_only" and "beside", see `FrontierConfig`.
 
   Returns:
     All of them.
@@ -137,7 +187,9 @@ def parse(config: Any) -> FrontierConfig:
     if name not in values:
       raise ValueError(f"config must have {name}; got {sorted(values)}.")
   share = values.pop("matched_share")
-  switches = {name: values.pop(name) for name in _SWITCHES if name in values}
+  switches = {
+    name: values.pop(name) for name in (*_SWITCHES, "beside") if name in values
+  }
   sweeps = tuple(
     _sweep(sweep, f"config.sweeps[{i}]")
     for i, sweep in enumerate(values.pop("sweeps"))
@@ -166,6 +218,12 @@ def _sweep(values: Any, name: str) -> Sweep:
     (key, value) for key, value in values.items() if key not in fields
   )
   return flags_and_configs.to_dataclass(Sweep, own, name=name)
+
+
+def _settings(pattern: Mapping) -> dict[str, Any]:
+  """A pattern's, without what is measured of it, as a record holds them."""
+  values = {key: x for key, x in pattern.items() if key != "measure"}
+  return json.loads(json.dumps(values))
 
 
 def short(value: Any) -> str:

@@ -173,7 +173,18 @@ def frontier(here, sweeps, qualities, costs) -> bytes:
       axes.set(xlabel=cost_label, ylabel=quality_label)
       axes.set_xlim(left=0.0)
       figures.tidy(axes)
+  # Not every pattern is in every picture.
+  shown = {}
+  for axes in grid.flat:
+    lines, labels = axes.get_legend_handles_labels()
+    shown |= dict(zip(labels, lines, strict=True))
+  labels = [sweep.label for sweep in sweeps if sweep.label in shown]
   grid[0, -1].legend(
-    frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0)
+    [shown[label] for label in labels],
+    labels,
+    frameon=False,
+    fontsize=8,
+    loc="upper left",
+    bbox_to_anchor=(1.02, 1.0),
   )
   return figures.png(figure)

@@ -21,6 +21,7 @@ from experiments.prefill import (
 )
 
 _DENSE = long_context_config.DENSE
+_ORDER = ("answers", "next_token", "attention_time", "prefill", "layers")
 Step = long_context_run.Step
 
 
@@ -199,7 +200,7 @@ class Search:
       "layers": self._quality_layers,
       "attention_time": self._config.timed_layers,
     }
-    for kind in ("answers", "attention_time", "prefill", "layers"):
+    for kind in _ORDER:
       if kind not in kinds or (label, length) in self._failed:
         continue
       for item in items.get(kind, ("",)):

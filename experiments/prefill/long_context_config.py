@@ -76,7 +76,8 @@ class LongContextConfig:
     seed: of prompts and code.
     scan_layers: compile one layer for all, and one program for all budgets of
       a pattern (`long_context_programs`); prompts are prefilled one by one and
-      those of a task decoded together. No "next_token" then.
+      those of a task decoded together. The code of "next_token" has a prompt's
+      length then, so that one program serves both.
     captured_task: task whose prompt, filled up in front with code, attention is
       timed and compared on; "": code alone. With scan_layers only.
     compile_threads: programs compiled at the same time, with scan_layers.
@@ -147,16 +148,22 @@ class LongContextConfig:
     )
     if self.mask_label:
       checks.check_choice("mask_label", self.mask_label, labels)
-    if self.scan_layers:
-      kinds = {*self.reference_measure}.union(
-        *(e.measure for e in self.entries)
-      )
-      checks.require(
-        "next_token" not in kinds,
-        "measure",
-        "leave out next_token with scan_layers",
-        sorted(kinds),
-      )
+
+  @property
+  def answer_len(self) -> int:
+    """Tokens of the longest answer; 0 without tasks."""
+    budgets = [tasks.TASKS[task].max_new_tokens for task in self.tasks]
+    return max(budgets, default=0)
+
+  def prompt_len(self, length: int) -> int:
+    """Tokens of a prompt that leaves room for the longest answer."""
+    return length - self.answer_len
+
+  def measures(self) -> dict[str, tuple[str, ...]]:
+    """{label: what is measured of it}, the reference first."""
+    return {DENSE: self.reference_measure} | {
+      entry.label: entry.measure for entry in self.entries
+    }
 
   @functools.cached_property
   def entries(self) -> tuple[PatternEntry, ...]:

@@ -21,7 +21,7 @@ from flax import nnx
 
 import pallas_kernels
 from experiments.prefill import long_context_config as config_lib
-from unisparse_jax import attention, evaluation, models, tasks
+from unisparse_jax import attention, evaluation, models
 from unisparse_jax.models import decoder
 
 _CAPACITY_MULTIPLE = 128
@@ -45,6 +45,7 @@ class Programs:
     self._config, self._model_config = config, model_config
     self._stop_ids = stop_ids
     self._dtype = jnp.dtype(config.dtype)
+    self._kinds = set().union(*config.measures().values())
     model = nnx.eval_shape(
       lambda: models.Decoder(
         model_config,
@@ -90,7 +91,10 @@ class Programs:
     )
 
   def prefill(self, label: str, length: int) -> Callable:
-    """(params, layers, tokens, lengths, budgets) -> `models.Prefilled`."""
+    """(params, layers, tokens, lengths, budgets) -> `models.Prefilled`.
+
+    With its residual where next tokens are compared.
+    """
     fn, budgets = self.budgeted(label)
     return self._get(
       ("prefill", fn, length), lambda: self._trace_prefill(fn, budgets, length)
@@ -103,6 +107,24 @@ class Programs:
       ("capture", length),
       lambda: self._trace_prefill(fn, budgets, length, keep_q=True),
     )
+
+  def compare(self, length: int) -> Callable:
+    """(params, tokens, residual, dense one) -> dict of scalars."""
+
+    def compare(params, tokens, residual, dense_residual):
+      model = nnx.merge(self._graphdef, nnx.State(params))
+      return evaluation.next_token_means(
+        model, tokens, model.norm(residual), model.norm(dense_residual)
+      )
+
+    def trace():
+      tokens = self._tokens(self._config.prompt_len(length))
+      residual = jax.ShapeDtypeStruct(
+        (*tokens.shape, self._model_config.embed_dim), self._dtype
+      )
+      return jax.jit(compare).trace(self._params, tokens, residual, residual)
+
+    return self._get(("compare", length), trace)
 
   def decode(self, length: int) -> Callable:
     """(params, tuple of Prefilled) -> int32 [samples, answer_len]."""
@@ -181,30 +203,44 @@ class Programs:
 
   # When they are compiled.
 
-  def ahead(self, length: int):
-    """Starts to compile all that a length needs, in the order of the patterns.
+  def ahead(self, *lengths: int):
+    """Starts to compile all that lengths need, in the order of the patterns.
 
-    What answers need comes first: no clock runs then.
+    What passes of the whole model need comes first: no clock runs then. Each
+    program is begun once: a thread that asked for another's would wait for it.
     """
-    measured = {config_lib.DENSE: self._config.reference_measure} | {
-      entry.label: entry.measure for entry in self._config.entries
-    }
-    for answering in (True, False):
-      for label, measure in measured.items():
-        for make in self._wanted(label, measure, length, answering):
-          self._pool.submit(_quietly, make)
+    begun = set()
+    for whole in (True, False):
+      for length in lengths:
+        for label, measure in self._config.measures().items():
+          for make in self._wanted(label, measure, length, whole):
+            key = (make.func, *map(self._without_budget, make.args))
+            if key not in begun:
+              begun.add(key)
+              self._pool.submit(_quietly, make)
 
-  def _wanted(self, label, measure, length, answering):
-    """Calls that compile what a pattern needs, for answers or for the rest."""
-    if answering:
+  def _without_budget(self, argument):
+    """Of a label, what its programs differ by."""
+    if not isinstance(argument, str):
+      return argument
+    fn, budgets = self.budgeted(argument)
+    return fn, budgets.budget.shape
+
+  def _wanted(self, label, measure, length, whole):
+    """Calls that compile what a pattern needs: of the model, or of a layer."""
+    if whole:
       if "answers" in measure:
         yield functools.partial(self.decode, length)
-      if {"answers", "prefill"} & set(measure):
+      if {"answers", "next_token", "prefill"} & set(measure):
         yield functools.partial(self.prefill, label, length)
+      if "next_token" in measure:
+        yield functools.partial(self.prefill, config_lib.DENSE, length)
+        yield functools.partial(self.compare, length)
       return
     if label == config_lib.DENSE:
-      yield functools.partial(self.capture, length)
-      yield functools.partial(self.attend, label, 0, length)
+      if {"layers", "attention_time"} & self._kinds:
+        yield functools.partial(self.capture, length)
+        yield functools.partial(self.attend, label, 0, length)
       return
     fns = set()
     for layer in range(self._model_config.num_layers):
@@ -258,13 +294,8 @@ class Programs:
 
   # Shapes.
 
-  def prompt_len(self, length: int) -> int:
-    """Tokens of a prompt that leaves room for the longest answer."""
-    return length - self._answer_len() if self._config.tasks else length
-
-  def _answer_len(self) -> int:
-    budgets = [tasks.TASKS[t].max_new_tokens for t in self._config.tasks]
-    return max(budgets, default=0)
+  def _tokens(self, length: int):
+    return jax.ShapeDtypeStruct((1, length), jnp.int32)
 
   def _qkv(self, length: int):
     model = self._model_config
@@ -297,7 +328,7 @@ class Programs:
     return self._sizes[key]
 
   def _trace_prefill(self, fn, budgets, length, *, keep_q=False):
-    q_len = length if keep_q else self.prompt_len(length)
+    q_len = length if keep_q else self._config.prompt_len(length)
     capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
     def prefill(params, layers, tokens, lengths, budgets):
@@ -311,12 +342,13 @@ class Programs:
         attention_fn=fn,
         capacity=capacity,
         keep_q=keep_q,
+        keep_residual=not keep_q and "next_token" in self._kinds,
       )
 
     return jax.jit(prefill).trace(
       self._params,
       self._layers,
-      jax.ShapeDtypeStruct((1, q_len), jnp.int32),
+      self._tokens(q_len),
       jax.ShapeDtypeStruct((1,), jnp.int32),
       _shapes(budgets),
     )
@@ -341,7 +373,7 @@ class Programs:
         nnx.merge(self._graphdef, nnx.State(params)),
         logits,
         cache,
-        max_new_tokens=self._answer_len(),
+        max_new_tokens=self._config.answer_len,
         eos_id=self._stop_ids or None,
       )[0]
 

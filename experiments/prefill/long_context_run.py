@@ -19,6 +19,7 @@ from unisparse_jax.data import sources
 
 _NUM_TRAIN_FILES = 600  # for calibration, spread over the standard library
 _NUM_OTHER_FILES = 3  # A cache has both splits, though one is read.
+TIMED = ("attention_time", "prefill")  # kinds of steps whose value is a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ class Measurer:
     return self._shared[name, *item]
 
   def _answers(self, step: Step) -> dict[str, Any]:
-    longest = max(tasks.TASKS[t].max_new_tokens for t in self._config.tasks)
+    prompt_len = self._config.prompt_len(step.length)
     samples = self._share(
       "samples",
       lambda: draw_samples(
@@ -246,7 +247,7 @@ class Measurer:
         self._corpus,
         seed=self._config.seed,
         count=self._config.samples,
-        prompt_len=step.length - longest,
+        prompt_len=prompt_len,
         length=step.length,
       ),
       step.item,
@@ -256,10 +257,10 @@ class Measurer:
       samples,
       self._corpus.tokenizer.decode,
       attention_fn=self._config.attention_fn(step.pattern),
-      prompt_len=step.length - longest,
+      prompt_len=prompt_len,
       batch_size=self._config.batch_size,
       stop_ids=(self._corpus.tokenizer.newline_id,),
-      max_new_tokens=longest,
+      max_new_tokens=self._config.answer_len,
     )
     return answer_record(answers)
 

@@ -40,7 +40,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     self._params, self._layer_params = self.programs.params(model)
 
   def measure(self, step: long_context_run.Step) -> dict[str, Any]:
-    if step.kind in ("attention_time", "prefill"):
+    if step.kind in long_context_run.TIMED:
       self.programs.wait()  # a compiler beside it would spoil the time
     return super().measure(step)
 
@@ -55,7 +55,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     )
 
   def _answers(self, step: long_context_run.Step) -> dict[str, Any]:
-    prompt_len = self.programs.prompt_len(step.length)
+    prompt_len = self._config.prompt_len(step.length)
     samples = self._share(
       "samples",
       lambda: long_context_run.draw_samples(
@@ -70,7 +70,10 @@ class ScannedMeasurer(long_context_run.Measurer):
     )
     tokens, lengths = evaluation.pad_prompts(samples, prompt_len)
     rows = tuple(
-      self._run_prefill(step.pattern, step.length, row, num_tokens)
+      dataclasses.replace(
+        self._run_prefill(step.pattern, step.length, row, num_tokens),
+        residual=None,
+      )
       for row, num_tokens in zip(tokens, lengths, strict=True)
     )
     new_tokens = self.programs.decode(step.length)(self._params, rows)
@@ -79,6 +82,35 @@ class ScannedMeasurer(long_context_run.Measurer):
         samples, np.asarray(new_tokens), self._corpus.tokenizer.decode
       )
     )
+
+  def _next_token(self, step: long_context_run.Step) -> dict[str, Any]:
+    code = self._share("code", self._code)
+    code = code[:, : self._config.prompt_len(step.length)]
+    values = []
+    for row, tokens in enumerate(code):
+      # Of a pass only [1, length, embed_dim] is kept, of dense ones for the
+      # patterns to come.
+      dense_residual = self._share(
+        "dense_residual",
+        lambda tokens=tokens: self._residual(config_lib.DENSE, tokens),
+        row,
+      )
+      residual = dense_residual
+      if step.pattern != config_lib.DENSE:
+        residual = self._residual(step.pattern, tokens)
+      compared = self.programs.compare(step.length)(
+        self._params, tokens[None], residual, dense_residual
+      )
+      values.append({name: float(x) for name, x in compared.items()})
+    return {
+      name: float(np.mean([value[name] for value in values]))
+      for name in values[0]
+    }
+
+  def _residual(self, label: str, tokens: jax.Array) -> jax.Array:
+    found = self._run_prefill(label, self._length, tokens, len(tokens))
+    assert found.residual is not None
+    return found.residual
 
   def _text(self) -> np.ndarray:
     """int32 [length] of what attention is captured on."""
@@ -142,7 +174,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     program = self.programs.attend(step.pattern, layer, step.length)
     whole = measure(program, *qkv, budget)
     select_ms = 0.0
-    if step.pattern != config_lib.DENSE:
+    if step.pattern not in (config_lib.DENSE, config_lib.JAX_NN):
       select = self.programs.select(step.pattern, layer, step.length)
       select_ms = measure(select, *qkv[:2], budget).median_ms
     return {
@@ -155,7 +187,7 @@ class ScannedMeasurer(long_context_run.Measurer):
     }
 
   def _prefill(self, step: long_context_run.Step) -> dict[str, Any]:
-    prompt_len = self.programs.prompt_len(step.length)
+    prompt_len = self._config.prompt_len(step.length)
     _, budgets = self.programs.budgeted(step.pattern)
     timed = timing.measure_compiled(
       self.programs.prefill(step.pattern, step.length),
@@ -176,7 +208,6 @@ def compile_only(
 ) -> long_context_programs.Programs:
   """Compiles all that a run with these settings may need, without weights."""
   programs = long_context_programs.Programs(config, model_config, stop_ids)
-  for length in config.lengths:
-    programs.ahead(length)
+  programs.ahead(*config.lengths)
   programs.wait()
   return programs

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import types
 
 import pytest
 
-from configs.frontier import study, study_smoke
+from configs.frontier import study, study_quality, study_short, study_smoke
 from configs.train_decoder import study as study_model
 from experiments.prefill import (
   frontier_config,
   frontier_figures,
   frontier_search,
+  long_context_run,
 )
 from unisparse_jax import models, training
 
@@ -18,7 +20,7 @@ SWEEPS = (
     method="unisparse",
     budget="top_p",
     values=(0.5, 0.6, 0.7, 0.8, 0.9),
-    measure=("answers", "layers", "attention_time"),
+    measure=("answers", "next_token", "layers", "attention_time"),
   ),
   frontier_config.Sweep(
     label="b",
@@ -70,6 +72,8 @@ def test_bisects_and_starts_where_the_length_before_ended():
   assert search.matched(SWEEPS[0], 64) == "a 0.6"
   keys = [step.key for step in steps]
   assert len(set(keys)) == len(keys)
+  compared = [s.pattern for s in steps if s.kind == "next_token"]
+  assert sorted(compared) == sorted(list(SWEEPS[0].points) * 2)
   # Answers of both patterns come before any clock of the length, the matched
   # point's times before other points', and those of all lengths at the end.
   kinds = [(s.kind, s.length) for s in steps]
@@ -123,6 +127,18 @@ def test_configs_fit_the_study_model(module, tmp_path):
   if module is study:
     model = study_model.get_config()
     frontier.run.check_model(models.DecoderConfig(**model.model.to_dict()))
+
+
+@pytest.mark.parametrize("module", [study_quality, study_short])
+def test_configs_measure_all_that_they_list(module, tmp_path):
+  frontier = frontier_config.parse(module.get_config(str(tmp_path)))
+  model = models.DecoderConfig(**study_model.get_config().model.to_dict())
+  frontier.run.check_model(model)
+  assert not frontier.search
+  steps = long_context_run.plan(frontier.run, model.num_layers)
+  compared = {(s.pattern, s.length) for s in steps if s.kind == "next_token"}
+  labels = ["dense", *(entry.label for entry in frontier.run.entries)]
+  assert compared == set(itertools.product(labels, frontier.run.lengths))
 
 
 def test_the_study_models_stages_share_the_time_as_said():

@@ -113,12 +113,56 @@ def test_configs_are_valid(module):
       r"patterns\[0\].*'depth'",
     ),
     (dict(sweeps=(1,)), r"sweeps\[0\] must be a mapping"),
+    (dict(beside="nowhere"), r"beside must be a file of records.*'nowhere'"),
   ],
 )
 def test_bad_settings_are_named(change, message):
   values = smoke.get_config().to_dict() | change
   with pytest.raises(ValueError, match=message):
     frontier_config.parse(values)
+
+
+def test_answers_and_layers_of_an_earlier_run_stand_beside(tmp_path, caplog):
+  (tmp_path / "a.jsonl").touch()
+  values = smoke.get_config().to_dict()
+  config = frontier_config.parse(values | {"beside": str(tmp_path / "a.jsonl")})
+
+  def write(name, label="unisparse 0.6", model_sha256="a"):
+    patterns = [dict(p) for p in config.run.patterns]
+    patterns[1]["top_p"] = 0.8  # the same label, another pattern
+    settings = {"model_sha256": model_sha256, "patterns": patterns}
+    writer = records.RecordWriter(tmp_path / name, settings)
+    at = dict(length=768, pattern=label, item="")
+    writer.write(kind="layers", nominal_density=0.3, **at)
+    writer.write(kind="layers", density=0.3, rounded=True, **at)
+    writer.write(kind="attention_time", total_ms=1.0, **at)
+    return records.read(tmp_path / name)
+
+  earlier = write("a.jsonl")
+  settings = {"model_sha256": "a"}
+
+  def own(pattern, kind="next_token", length=768):
+    key = dict(kind=kind, pattern=pattern, length=length)
+    return [{**key, "settings": settings}]
+
+  found = own("unisparse 0.6")
+  assert config.with_earlier(found) == [earlier[0], *found]
+  for found in (
+    own("unisparse 0.6", "layers"),  # measured anew
+    own("random 0.3"),
+    own("unisparse 0.6", length=512),
+  ):
+    assert config.with_earlier(found) == found
+  (tmp_path / "a.jsonl").unlink()
+  write("a.jsonl", "unisparse 0.9")
+  found = own("unisparse 0.9")
+  assert config.with_earlier(found) == found  # other settings
+  assert not caplog.records
+  (tmp_path / "a.jsonl").unlink()
+  write("a.jsonl", model_sha256="b")
+  found = own("unisparse 0.6")
+  assert config.with_earlier(found) == found
+  assert "of another model: b" in caplog.text
 
 
 def test_matched_is_the_fastest_budget_that_keeps_the_score():

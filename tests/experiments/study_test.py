@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scanned layers, captured arrays and real masks, on a tiny model."""
 
+import concurrent.futures
 import types
 
 import jax
@@ -115,6 +116,50 @@ def test_scanned_measurements_are_those_of_the_decoder(
   assert compared == 2  # layers
 
 
+def test_scanned_next_tokens_are_those_of_the_decoder(
+  monkeypatch, model_folder, in_process, workdir
+):
+  sweeps = (
+    SWEEP | dict(values=(0.5, 0.8), measure=("next_token",)),
+    dict(label="s", method="streaming", num_sink=64, num_local=64)
+    | dict(measure=("next_token",), **BLOCKS),
+  )
+  run_frontier(
+    *(monkeypatch, model_folder, workdir / "next_token"),
+    **dict(sweeps=sweeps, tasks=(), code_rows=2, search=False),
+    reference_measure=("next_token",),
+  )
+  found = {
+    record["pattern"]: record
+    for record in records.read(workdir / "next_token" / "records.jsonl")
+  }
+  assert list(found) == ["dense", "x 0.5", "x 0.8", "s"]
+  dense = found["dense"]
+  assert (dense["kl"], dense["agreement"]) == (0.0, 1.0)
+  measurer = long_context_run.Measurer(
+    frontier_config.parse(
+      dict(model=str(model_folder), sweeps=sweeps, matched_share=0.99)
+      | SETTINGS
+      | dict(scan_layers=False, tasks=(), code_rows=2)
+    ).run,
+    models.load_hf(model_folder, dtype=jnp.float32),
+    data.CodeCorpus(workdir / "next_token" / "corpus", "held_out"),
+    workdir,
+  )
+  for label, record in found.items():
+    step = long_context_run.Step(
+      kind="next_token", pattern=label, length=512, item=""
+    )
+    values = measurer.measure(step)
+    # The model has learnt nothing, so what patterns change is small: 6e-6 nats,
+    # of which a dense reference that is a pattern's moves the loss by 1e-4.
+    for name, value in values.items():
+      close = dict(rel=1e-2, abs=1e-8) if name == "kl" else dict(abs=3e-6)
+      assert record[name] == pytest.approx(value, **close), name
+    assert record["dense_loss"] == dense["loss"]
+    assert label == "dense" or record["kl"] > 1e-7
+
+
 def test_programs_compile_without_weights(
   monkeypatch, model_folder, in_process, tmp_path, capsys
 ):
@@ -134,6 +179,45 @@ def test_programs_compile_without_weights(
   # Dense: prefill, capture, attention. The pattern, for all layers: selection,
   # dense attention with its lse, quality.
   assert "6 programs" in out
+
+
+def test_every_program_is_begun_once_and_one_that_fails_costs_no_other(
+  monkeypatch, model_folder, in_process, tmp_path, capsys
+):
+  begun = []
+  submit = concurrent.futures.ThreadPoolExecutor.submit
+
+  def count(self, fn, make):
+    begun.append(make)
+    return submit(self, fn, make)
+
+  measure = long_context_run.Measurer.measure
+
+  def refuse(self, step):
+    if step.pattern == "x 0.5":
+      raise NotImplementedError("not here")
+    return measure(self, step)
+
+  monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", count)
+  monkeypatch.setattr(long_context_run.Measurer, "measure", refuse)
+  measured = ("layers",)
+  run_frontier(
+    *(monkeypatch, model_folder, tmp_path / "run"),
+    sweeps=(SWEEP | dict(values=(0.5, 0.8, 0.9), measure=measured),),
+    **dict(reference_measure=("prefill",), tasks=(), search=False),
+  )
+  assert [make.func.__name__ for make in begun] == [
+    *("prefill", "capture", "attend", "select", "dense_with_lse", "quality")
+  ]
+  out = capsys.readouterr().out
+  assert out.count("x 0.5 · 512 · 0: NotImplementedError: not here") == 1
+  found = records.read(tmp_path / "run" / "records.jsonl")
+  # What needs a clock comes last.
+  assert [(r["kind"], r["pattern"]) for r in found] == [
+    *[("layers", "x 0.8")] * 2,
+    *[("layers", "x 0.9")] * 2,
+    ("prefill", "dense"),
+  ]
 
 
 class LoweredForCuda(long_context_programs.Programs):

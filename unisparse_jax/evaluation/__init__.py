@@ -26,6 +26,9 @@ from unisparse_jax.evaluation.next_token import (
   hidden_states_and_qkv as hidden_states_and_qkv,
 )
 from unisparse_jax.evaluation.next_token import (
+  next_token_means as next_token_means,
+)
+from unisparse_jax.evaluation.next_token import (
   next_token_quality as next_token_quality,
 )
 from unisparse_jax.evaluation.speed import AttentionTime as AttentionTime

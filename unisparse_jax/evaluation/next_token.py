@@ -97,35 +97,18 @@ def compare_hidden_states(
     checks.check_shape(name, value, ("batch", "len", "embed_dim"), shape)
   graphdef, state = nnx.split(model)
   values = _compare(graphdef, state, tokens, hidden, dense_hidden)
-  names = ("kl", "agreement", "loss", "dense_loss")
-  return NextTokenQuality(
-    **{name: float(x) for name, x in zip(names, values, strict=True)}
-  )
+  return NextTokenQuality(**{name: float(x) for name, x in values.items()})
 
 
-@jax.jit(static_argnums=(0, 3))
-def _hidden_states(graphdef, state, tokens, attention_fn):
-  model = nnx.merge(graphdef, state)
-  return model.hidden_states(tokens, attention_fn=attention_fn)[0]
-
-
-@jax.jit(static_argnums=(0, 3))
-def _hidden_states_and_qkv(graphdef, state, tokens, attention_fn):
-  model = nnx.merge(graphdef, state)
-  calls = []
-
-  def record(q, k, v, **settings):
-    calls.append((q, k, v))
-    return attention_fn(q, k, v, **settings)
-
-  return model.hidden_states(tokens, attention_fn=record)[0], calls
-
-
-@jax.jit(static_argnums=0)
-def _compare(graphdef, state, tokens, ours, dense):
-  model = nnx.merge(graphdef, state)
-  hidden = [x[:, :-1] for x in (ours, dense)]
-  batch, num_positions, _ = hidden[0].shape
+def next_token_means(
+  model: models.Decoder,
+  tokens: Int[Array, "batch len"],
+  hidden: Float[Array, "batch len embed_dim"],
+  dense_hidden: Float[Array, "batch len embed_dim"],
+) -> dict[str, Float[Array, ""]]:
+  """`compare_hidden_states` inside a trace: float32 [] by name."""
+  halves = [x[:, :-1] for x in (hidden, dense_hidden)]
+  batch, num_positions, _ = halves[0].shape
   num_chunks = -(-num_positions // _CHUNK)
   pad = num_chunks * _CHUNK - num_positions
 
@@ -150,6 +133,31 @@ def _compare(graphdef, state, tokens, ours, dense):
   total, _ = lax.scan(
     add_up,
     jnp.zeros((4,), jnp.float32),
-    (*map(chunked, hidden), chunked(tokens[:, 1:]), chunked(is_valid)),
+    (*map(chunked, halves), chunked(tokens[:, 1:]), chunked(is_valid)),
   )
-  return total / jnp.float32(batch * num_positions)
+  means = total / jnp.float32(batch * num_positions)
+  names = [field.name for field in dataclasses.fields(NextTokenQuality)]
+  return dict(zip(names, means, strict=True))
+
+
+@jax.jit(static_argnums=(0, 3))
+def _hidden_states(graphdef, state, tokens, attention_fn):
+  model = nnx.merge(graphdef, state)
+  return model.hidden_states(tokens, attention_fn=attention_fn)[0]
+
+
+@jax.jit(static_argnums=(0, 3))
+def _hidden_states_and_qkv(graphdef, state, tokens, attention_fn):
+  model = nnx.merge(graphdef, state)
+  calls = []
+
+  def record(q, k, v, **settings):
+    calls.append((q, k, v))
+    return attention_fn(q, k, v, **settings)
+
+  return model.hidden_states(tokens, attention_fn=record)[0], calls
+
+
+@jax.jit(static_argnums=0)
+def _compare(graphdef, state, tokens, ours, dense):
+  return next_token_means(nnx.merge(graphdef, state), tokens, ours, dense)

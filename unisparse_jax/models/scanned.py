@@ -37,6 +37,8 @@ class Prefilled:
     v: as k.
     lengths: int32 [batch].
     q: [num_layers, batch, q_len, num_heads, head_dim], or None.
+    residual: [batch, q_len, embed_dim], what the last layer leaves, before the
+      model's last norm, or None.
   """
 
   logits: Float[Array, "batch vocab_size"]
@@ -44,6 +46,7 @@ class Prefilled:
   v: Float[Array, "num_layers batch capacity num_kv_heads head_dim"]
   lengths: Int[Array, " batch"]
   q: Float[Array, "num_layers batch q_len num_heads head_dim"] | None = None
+  residual: Float[Array, "batch q_len embed_dim"] | None = None
 
 
 def stack_layers(model: decoder.Decoder) -> nnx.State:
@@ -53,7 +56,8 @@ def stack_layers(model: decoder.Decoder) -> nnx.State:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("attention_fn", "capacity", "keep_q")
+  jax.jit,
+  static_argnames=("attention_fn", "capacity", "keep_q", "keep_residual"),
 )
 def scanned_prefill(
   model: decoder.Decoder,
@@ -65,6 +69,7 @@ def scanned_prefill(
   attention_fn: attention.BudgetedAttention,
   capacity: int,
   keep_q: bool = False,
+  keep_residual: bool = False,
 ) -> Prefilled:
   """`models.prefill` with an empty cache, its layers scanned.
 
@@ -79,6 +84,8 @@ def scanned_prefill(
     attention_fn: from `attention.budgeted`, as `budgets`.
     capacity: slots of the cache, at least q_len.
     keep_q: also return the queries.
+    keep_residual: also return what the last layer leaves at every position. It
+      is there anyhow, so this costs memory and no time.
 
   Returns:
     Logits, keys and values. Compiled once for each shape and template.
@@ -125,6 +132,7 @@ def scanned_prefill(
     v=v,
     lengths=jnp.broadcast_to(lengths, (batch,)),
     q=q,
+    residual=x if keep_residual else None,
   )
 
 
