@@ -192,23 +192,22 @@ def draft_by_level(
 
 def _extend(carry: _Carry, deepest, deepen, level: int, shape: tree.TreeShape):
   """More levels, while the frontier, at `level`, is above `deepest`."""
+
+  def wants_more(carry: _Carry):
+    return carry.frontier.level < deepest
+
   if not shape.unroll:
-    return lax.while_loop(
-      lambda carry: carry.frontier.level < deepest, deepen, carry
-    )
-  block = shape.level_block
-  ends = range(level + block, shape.max_depth + block, block)
+    return lax.while_loop(wants_more, deepen, carry)
+  if level == shape.max_depth:
+    return carry
+  next_level = min(level + shape.level_block, shape.max_depth)
 
-  def until(end):
-    def branch(carry: _Carry):
-      for _ in range(min(end, shape.max_depth) - level):
-        carry = deepen(carry)
-      return carry
+  def more(carry: _Carry):
+    for _ in range(next_level - level):
+      carry = deepen(carry)
+    return _extend(carry, deepest, deepen, next_level, shape)
 
-    return branch
-
-  blocks = (jnp.maximum(deepest - level, 0) + block - 1) // block
-  return lax.switch(blocks, [until(end) for end in (level, *ends)], carry)
+  return lax.cond(wants_more(carry), more, lambda carry: carry, carry)
 
 
 def _pool_levels(shape: tree.TreeShape) -> np.ndarray:
