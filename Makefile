@@ -18,9 +18,9 @@ demo: $(VENV)/.demo
 # for threads, of which no core is free. Where it matters what the compiler makes
 # of a program (`optimised`), all stays as users have it. JAX 0.12 has no other
 # generator and ignores the first option: of two test files the CPU seconds went
-# from 27 under 0.11.2 to 45. No gain there from XLA's preset FAST_COMPILE,
+# from 27 under 0.11.2 to 45-47. No gain there from XLA's preset FAST_COMPILE,
 # loops hoisted at any size, or the new lowering of tiles switched off; without
-# the passes that fuse, the attention patterns took 71 in place of 26.
+# the passes that fuse, the attention patterns took 71 in place of 27.
 QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
   --xla_cpu_parallel_codegen_split_count=1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
