@@ -40,6 +40,46 @@ def as_lengths(lengths: Any, batch: int, q_len: int) -> jax.Array | None:
   return checks.per_row("lengths", lengths, batch)
 
 
+def as_limits(max_new_tokens: Any, batch: int) -> np.ndarray:
+  """int32 [batch], all at least 1."""
+  limit = np.asarray(max_new_tokens)
+  ok = np.issubdtype(limit.dtype, np.integer) and limit.shape in ((), (batch,))
+  checks.require(
+    bool(ok and np.all(limit >= 1)),
+    "max_new_tokens",
+    "be an integer >= 1, or one for each row",
+    max_new_tokens,
+  )
+  return np.broadcast_to(limit, (batch,)).astype(np.int32)
+
+
+def as_reference(
+  reference: Any, batch: int, new_tokens: int, vocab_size: int
+) -> jax.Array | None:
+  """int32 [batch, new_tokens] of tokens or -1, or None for None."""
+  if reference is None:
+    return None
+  is_on_device = isinstance(reference, jax.Array)
+  reference = reference if is_on_device else np.asarray(reference)
+  axes = ("batch", "new_tokens")
+  checks.check_shape("reference", reference, axes, (batch, new_tokens))
+  checks.require(
+    jnp.issubdtype(reference.dtype, jnp.integer),
+    "reference",
+    "have an integer dtype",
+    reference.dtype.name,
+  )
+  if not is_on_device:  # no transfer from a device for this
+    checks.require(
+      bool(np.all((reference >= -1) & (reference < vocab_size))),
+      "reference",
+      "hold tokens of the vocabulary, or -1",
+      f"{reference.min()} to {reference.max()}",
+      f"-1 to {vocab_size - 1}",
+    )
+  return jnp.asarray(reference, jnp.int32)
+
+
 def as_eos_ids(eos_id: Any, vocab_size: int) -> tuple[int, ...]:
   """One token, several or None as a tuple of tokens of the vocabulary."""
   if eos_id is None:

@@ -67,6 +67,8 @@ class DecodeState:
     limits: int32 [batch], known tokens at which a row ends.
     done: bool [batch].
     keys: [batch] typed keys, or None for a sampler without noise.
+    reference: int32 [batch, capacity], by absolute position the token that a
+      row is taken to write, -1 for what it draws; or None for no such text.
     cache: of the target; lengths - 1 tokens a row.
     drafter_state: of the drafter.
     policy_state: of the policy.
@@ -78,6 +80,7 @@ class DecodeState:
   limits: Int[Array, " batch"]
   done: Bool[Array, " batch"]
   keys: Any
+  reference: Int[Array, "batch capacity"] | None
   cache: models.TreeCache
   drafter_state: Any
   policy_state: Any
@@ -204,6 +207,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     state.cache,
     state.lengths,
     state.keys,
+    state.reference,
     shape=shape,
     sampler=settings.sampler,
     taps=taps_of(target, drafter),
@@ -245,6 +249,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     limits=state.limits,
     done=state.done | ended | (lengths >= state.limits),
     keys=state.keys,
+    reference=state.reference,
     cache=state.cache.append(keys_new, values_new, count),
     drafter_state=drafter.extend(
       target,

@@ -10,7 +10,6 @@ verified by rejection (`SampledChain`) keeps the distribution, not the tokens.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +57,7 @@ def generate(
   eos_id: int | Sequence[int] | None = None,
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
+  reference: Int[Array | np.ndarray, "batch new_tokens"] | None = None,
   stop: Sequence[str] = (),
   detokenize: Callable[[list[int]], str] | None = None,
   steps_per_chunk: int = 32,
@@ -82,6 +82,9 @@ def generate(
     eos_id: token, or tokens, that end a row.
     lengths: int [batch], valid tokens of each row; default q_len.
     rng_key: as `models.generate`.
+    reference: int [batch, largest max_new_tokens], what the rows are taken to
+      write, -1 where they write their own: to measure acceptance on a given
+      text, or methods on one text. All else is computed as without.
     stop: texts that end a row; the token that completes one is the last that
       counts. Needs `detokenize`, and looks after every chunk of steps.
     detokenize: text of a list of tokens.
@@ -117,6 +120,7 @@ def generate(
     eos_id=eos_id,
     lengths=lengths,
     rng_key=rng_key,
+    reference=reference,
     capacity=capacity,
     chunk=chunk,
     log_trees=log_trees,
@@ -144,6 +148,7 @@ def prepare(
   eos_id: int | Sequence[int] | None = None,
   lengths: Int[Array | np.ndarray, " batch"] | None = None,
   rng_key: Array | None = None,
+  reference: Int[Array | np.ndarray, "batch new_tokens"] | None = None,
   capacity: int | None = None,
   chunk: int | None = None,
   log_trees: bool = False,
@@ -161,7 +166,7 @@ def prepare(
     policy = policy_lib.Fixed(
       depth=jnp.int32(shape.max_depth), nodes=jnp.int32(shape.max_nodes - 1)
     )
-  limit = _as_limits(max_new_tokens, batch)
+  limit = arguments.as_limits(max_new_tokens, batch)
   new_tokens = int(limit.max())
   total = q_len + new_tokens
   decoder.check_len("tokens and max_new_tokens", total, target.config)
@@ -177,6 +182,7 @@ def prepare(
     "be given for this sampler",
     rng_key,
   )
+  reference = arguments.as_reference(reference, batch, new_tokens, vocab_size)
   eos_ids = arguments.as_eos_ids(eos_id, vocab_size)
   checks.require(
     shape.width <= vocab_size,
@@ -211,7 +217,7 @@ def prepare(
   drafter.check(target, shape)
   policy.check(shape)
   if getattr(drafter, "gives_probabilities", False):
-    _check_rejection(shape, policy, sampler)
+    _check_rejection(shape, policy, sampler, reference)
   if check_drafter and policy.drafter_hash is not None:
     got = base.fingerprint(drafter)
     checks.require(
@@ -244,6 +250,7 @@ def prepare(
     lengths,
     lengths + limit,
     keys,
+    reference,
     attention_fn=attention_fn,
     settings=settings,
     drafter_attention_fn=drafter_attention_fn,
@@ -364,7 +371,13 @@ def _new_tokens(tokens, starts, ends, *, max_new_tokens, fill):
   return jnp.where(index < ends[:, None], out, fill)
 
 
-def _check_rejection(shape, policy, sampler):
+def _check_rejection(shape, policy, sampler, reference):
+  checks.require(
+    reference is None,
+    "reference",
+    "be None where drafts are drawn at random",
+    type(reference).__name__,
+  )
   checks.require(
     isinstance(policy, policy_lib.Fixed),
     "policy",
@@ -384,16 +397,3 @@ def _check_rejection(shape, policy, sampler):
     sampler,
     "a Temperature, or another drafter for greedy decoding",
   )
-
-
-def _as_limits(max_new_tokens: Any, batch: int) -> np.ndarray:
-  """int32 [batch], all at least 1."""
-  limit = np.asarray(max_new_tokens)
-  ok = np.issubdtype(limit.dtype, np.integer) and limit.shape in ((), (batch,))
-  checks.require(
-    bool(ok and np.all(limit >= 1)),
-    "max_new_tokens",
-    "be an integer >= 1, or one for each row",
-    max_new_tokens,
-  )
-  return np.broadcast_to(limit, (batch,)).astype(np.int32)

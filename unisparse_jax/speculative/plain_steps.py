@@ -16,7 +16,7 @@ from jax import lax
 from unisparse_jax import models
 from unisparse_jax.models import sampling
 from unisparse_jax.speculative import policy as policy_lib
-from unisparse_jax.speculative import tree
+from unisparse_jax.speculative import tree, verification
 from unisparse_jax.speculative.drafters import base
 
 MAX_STEPS = 16  # then the drafter is told, and the policy asked again
@@ -134,6 +134,8 @@ def one_step(
   if state.keys is not None:
     noise = sampling.noise_at(state.keys, state.lengths, logits.shape[-1])
   token = sampling.draw_with_noise(sampler, logits, noise)
+  if state.reference is not None:
+    token = verification.follow(token, state.reference, state.lengths)
   count = active.astype(jnp.int32)
   lengths = state.lengths + count
   zeros = jnp.zeros((batch,), jnp.int32)

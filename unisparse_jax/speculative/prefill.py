@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from unisparse_jax import attention, models
 from unisparse_jax.models import kv_cache, prompt_pass, sampling
-from unisparse_jax.speculative import engine, statistics, tree
+from unisparse_jax.speculative import engine, statistics, tree, verification
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative.drafters import base
 
@@ -23,6 +23,7 @@ def prefill(
   lengths: Int[Array, " batch"],
   limits: Int[Array, " batch"],
   keys: Any,
+  reference: Int[Array, "batch new_tokens"] | None,
   *,
   attention_fn: Any,
   settings: engine.Settings,
@@ -41,6 +42,7 @@ def prefill(
     lengths: int32 [batch], valid tokens.
     limits: int32 [batch], see `engine.DecodeState`.
     keys: see `engine.DecodeState`.
+    reference: see `generate`.
     attention_fn: how target and drafter attend in the prompt.
     settings: static.
     drafter_attention_fn: see `generate`.
@@ -71,6 +73,7 @@ def prefill(
     lengths,
     limits,
     keys,
+    reference,
     logits,
     taps,
     attention_fn=drafter_attention_fn,
@@ -112,6 +115,7 @@ def _first_state(
   lengths,
   limits,
   keys,
+  reference,
   logits,
   taps,
   *,
@@ -125,6 +129,10 @@ def _first_state(
   if keys is not None:
     noise = sampling.noise_at(keys, lengths, target.config.vocab_size)
   first = sampling.draw_with_noise(settings.sampler, logits, noise)
+  if reference is not None:
+    free = jnp.full((batch, settings.capacity), -1, jnp.int32)
+    reference = tree.write_rows(free, reference, lengths)
+    first = verification.follow(first, reference, lengths)
   buffer = jnp.pad(tokens, ((0, 0), (0, settings.capacity - q_len)))
   buffer = tree.write_rows(buffer, first[:, None], lengths)
   committed = base.Committed(
@@ -148,6 +156,7 @@ def _first_state(
     limits=limits,
     done=engine.is_any(first, settings.eos_ids) | (lengths >= limits),
     keys=keys,
+    reference=reference,
     drafter_state=drafter_state,
     policy_state=policy.init_state(batch),
     log=statistics.StepLog.init(

@@ -39,6 +39,31 @@ class Acceptance:
   tokens: Int[Array, "batch max_path"]
 
 
+def follow(
+  tokens: Int[Array, "batch ..."],
+  reference: Int[Array, "batch capacity"],
+  positions: Int[Array, "batch ..."],
+) -> Int[Array, "batch ..."]:
+  """The tokens, but those of a given text where it has one.
+
+  Drafts of one depth have one position: the text's token stands after each of
+  them, beside its path too. A node is accepted only with all that is above it,
+  and where all of that is the text's, so is what follows.
+
+  Args:
+    tokens: int32, what the target drew.
+    reference: int32 by absolute position, -1 for none.
+    positions: int32, of the tokens.
+
+  Returns:
+    int32, as tokens.
+  """
+  index = positions.reshape(positions.shape[0], -1)
+  given = jnp.take_along_axis(reference, index, axis=1, mode="clip")
+  given = given.reshape(positions.shape)
+  return jnp.where(given < 0, tokens, given)
+
+
 def accept_matches(
   draft: tree.DraftTree,
   targets: Int[Array, "batch num_nodes"],

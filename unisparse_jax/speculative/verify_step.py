@@ -32,6 +32,7 @@ def verify(
   cache: models.TreeCache,
   lengths: Int[Array, " batch"],
   keys: Any,
+  reference: Int[Array, "batch capacity"] | None,
   *,
   shape: tree.TreeShape,
   sampler: sampling.Sampler,
@@ -48,6 +49,7 @@ def verify(
     cache: of the target; only read.
     lengths: int32 [batch], known tokens, root included.
     keys: [batch] typed keys, or None for a sampler without noise.
+    reference: see `engine.DecodeState`; not with rejection.
     shape: static sizes.
     sampler: how the target's tokens are drawn.
     taps: layers whose input is returned for the accepted path.
@@ -72,7 +74,7 @@ def verify(
     )
 
   branches = [branch(size) for size in shape.packed or shape.buckets]
-  operands = (draft, cache, lengths, keys, probabilities)
+  operands = (draft, cache, lengths, keys, reference, probabilities)
   if len(branches) == 1:
     return jnp.int32(0), num_nodes, branches[0](*operands)
   index = jnp.searchsorted(sizes(shape), total).astype(jnp.int32)
@@ -107,6 +109,7 @@ def _verify_size(
   cache,
   lengths,
   keys,
+  reference,
   probabilities,
   *,
   shape,
@@ -139,6 +142,8 @@ def _verify_size(
     targets = sampling.draw_with_noise(sampler, logits, noise)
     if packing is not None:
       targets = packing.unpack(targets)
+    if reference is not None:
+      targets = verification.follow(targets, reference, positions + 1)
     acceptance = verification.accept_matches(
       draft, targets, max_depth=shape.max_depth
     )
