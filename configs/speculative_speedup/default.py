@@ -89,6 +89,7 @@ def get_config():
   config.batches = (1, 4, 16, 64)
   config.temperatures = (0.0, 1.0)
   config.prompts = 64
+  config.same_text = True
   config.repeats = 5
   config.batch_1_prompts = 4
   config.prompt_len = 1024

@@ -113,6 +113,11 @@ class SpeculationConfig:
       fill most of it, the others `short_prompt`.
     short_prompt: tokens of the other prompts.
     new_tokens: of each row.
+    same_text: whether the calls that are timed and counted are taken to write
+      what plain decoding does, all else computed as ever. In bfloat16 methods
+      part near ties, and every text has its own tokens a call. What they write
+      of their own is compared all the same, and float32 comparisons are of it
+      alone.
     repeats: turns in which all methods of a place are timed on each batch, of
       which the median counts.
     batch_1_prompts: prompts of each domain that a batch of 1 takes in turn.
@@ -157,6 +162,7 @@ class SpeculationConfig:
   prompt_len: int = 1024
   short_prompt: int = 256
   new_tokens: int = 256
+  same_text: bool = True
   repeats: int = 5
   batch_1_prompts: int = 4
   long_prompts: tuple[int, ...] = ()

@@ -22,6 +22,14 @@ _DEFINITIONS = (
   "tokens' logits where greedy rows part: near 0, they were tied."
 )
 
+_SAME_TEXT = (
+  "Counts and times are of calls that are taken to write the text of plain "
+  "decoding and compute all else as ever: in bfloat16 the methods part near "
+  "ties, and another text has other tokens per call. Tokens per call on its "
+  "text, and the rows that differ, are of a call before, untimed, that wrote "
+  "its own."
+)
+
 
 def write(
   records: Sequence[dict[str, Any]], workdir: pathlib.Path
@@ -33,6 +41,8 @@ def write(
   page = html_page.Page("Speculative decoding")
   page.note(html_page.describe(last, settings["target"], settings["dtype"]))
   page.note(_DEFINITIONS)
+  if any("own_tokens_per_call" in r for r in rows):
+    page.note(_SAME_TEXT)
   speed = [r for r in rows if r["kind"] == "speed"]
   page.section(
     "Mean over domains",

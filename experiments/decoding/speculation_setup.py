@@ -179,6 +179,7 @@ class Setup:
     temperature: float,
     new_tokens: int,
     dtype: str,
+    reference: np.ndarray | None = None,
     log_trees: bool = False,
     limit: int | None = None,
     attention_fn: attention.AttentionFn = attention.DenseAttention(),
@@ -196,6 +197,8 @@ class Setup:
       temperature: 0 is greedy.
       new_tokens: room for new tokens, part of what is compiled.
       dtype: of the target and the head.
+      reference: int32 [batch, new_tokens], what the rows are taken to write;
+        default: their own, as plain decoding always does.
       log_trees: see `speculative.generate`.
       limit: steps to take; default until all rows are done.
       attention_fn: of the prefill, of target and head.
@@ -211,6 +214,7 @@ class Setup:
       temperature=temperature,
       new_tokens=new_tokens,
       dtype=dtype,
+      reference=reference,
       log_trees=log_trees,
       limit=limit,
       attention_fn=attention_fn,
@@ -234,6 +238,7 @@ class Setup:
     temperature,
     new_tokens,
     dtype,
+    reference,
     log_trees,
     limit,
     attention_fn,
@@ -247,6 +252,9 @@ class Setup:
       return _plain(
         target, tokens, lengths, keys, sampler, new_tokens, attention_fn
       )
+    if reference is None:
+      # Data, so that calls with a text and without are one program.
+      reference = np.full((len(tokens), new_tokens), -1, np.int32)
     start = time.perf_counter()
     session = speculative.prepare(
       target,
@@ -260,6 +268,7 @@ class Setup:
       attention_fn=attention_fn,
       drafter_attention_fn=drafter_attention_fn,
       rng_key=keys if temperature else None,
+      reference=reference,
       log_trees=log_trees,
       # Compared once, when the artefact is read: it reads every weight.
       check_drafter=False,

@@ -14,6 +14,7 @@ MEAN = "mean"  # domain of the rows that average over all
 # Column of a table: name of a value, heading, format.
 COLUMNS = (
   ("tokens_per_call", "tokens/call", "{:.2f}"),
+  ("own_tokens_per_call", "on its text", "{:.2f}"),
   ("accepted_per_call", "accepted/call", "{:.2f}"),
   ("nodes_per_call", "nodes/call", "{:.1f}"),
   ("bucket_per_call", "padded", "{:.1f}"),
@@ -121,6 +122,7 @@ def _mean(rows: Sequence[Row]) -> Row:
   mean |= {"domain": MEAN, "num_domains": len(rows)}
   for name in (
     "tokens_per_call",
+    "own_tokens_per_call",
     "accepted_per_call",
     "nodes_per_call",
     "bucket_per_call",

@@ -2,7 +2,8 @@
 """How the steps of the speculative-speedup experiment are taken.
 
 The methods of one place and domain are timed in turns: a card drifts by a tenth
-within minutes, more than methods differ.
+within minutes, more than methods differ. They are timed on one text, that of
+plain decoding: on the text of each, luck alone would make them differ as much.
 """
 
 import dataclasses
@@ -122,17 +123,25 @@ class Measurer:
 
     Every program runs once untimed, which says what it writes: a size of the
     tree that runs for the first time is slow, compiled or not. The turns that
-    follow say how long it takes; an exact comparison has none.
+    follow say how long it takes and, on plain decoding's text, how many calls;
+    an exact comparison has none.
     """
     first, methods = group[0], [step.method for step in group]
-    inputs = self._inputs(first)
+    inputs, is_timed = self._inputs(first), first.kind != "exact"
+
+    def counts(calls):
+      return speculation_values.of_calls(
+        calls, first.batch, inputs[0]["new_tokens"]
+      )
+
     arguments: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
     expected = [np.zeros(0)] * len(inputs)  # what plain decoding writes
     for method in plan_lib.in_order(methods):
       step, nodes = dataclasses.replace(first, method=method), None
       if method == "fixed_same":
-        nodes = round(values["heterospec"]["nodes_per_call"]) - 1
+        like = [self._setup.call(**a) for a in arguments["heterospec"]]
+        nodes = round(counts(like)["nodes_per_call"]) - 1
       arguments[method] = [
         common | self._method(step, tokens, common["lengths"], nodes)
         for common, tokens in zip(inputs, expected, strict=True)
@@ -140,19 +149,19 @@ class Measurer:
       calls = [self._setup.call(**a) for a in arguments[method]]
       if method == config_lib.PLAIN:
         expected = [call.tokens for call in calls]
-      found = {
-        **speculation_values.of_calls(
-          calls, first.batch, inputs[0]["new_tokens"]
-        ),
-        **speculation_values.mismatches(calls, expected),
-      }
+      found = counts(calls) | speculation_values.mismatches(calls, expected)
       if found["mismatched_rows"] and not first.temperature:
         found["first_gaps"] = self._gaps(calls, expected, inputs)
+      if is_timed and self._config.same_text and method != config_lib.PLAIN:
+        found["own_tokens_per_call"] = found["tokens_per_call"]
+        for given, tokens in zip(arguments[method], expected, strict=True):
+          given["reference"] = tokens
       values[method] = found
-    if first.kind != "exact":
+    if is_timed:
       timed = dict.fromkeys((config_lib.PLAIN, *methods))
-      times = self._times({name: arguments[name] for name in timed})
+      times, calls = self._times({name: arguments[name] for name in timed})
       for method in methods:
+        values[method] |= counts(calls[method])
         values[method] |= speculation_values.of_times(
           times, method, values[method]["written"], len(inputs)
         )
@@ -160,11 +169,12 @@ class Measurer:
 
   def _times(
     self, arguments: Mapping[str, Sequence[dict[str, Any]]]
-  ) -> dict[str, np.ndarray]:
-    """Seconds of decoding and of prefill by method, [repeats, 2].
+  ) -> tuple[dict[str, np.ndarray], dict[str, list[speculation_setup.Call]]]:
+    """Seconds of decoding and of prefill [repeats, 2]; calls of the first turn.
 
-    Methods take turns at every batch of prompts.
+    By method; methods take turns at every batch of prompts.
     """
+    calls: dict[str, list[speculation_setup.Call]] = {n: [] for n in arguments}
     times = {name: np.zeros((self._config.repeats, 2)) for name in arguments}
     num_batches = len(arguments[config_lib.PLAIN])
     for turn in range(self._config.repeats):
@@ -174,7 +184,9 @@ class Measurer:
         ):
           call = self._setup.call(**arguments[name][number])
           times[name][turn] += call.seconds, call.prefill_seconds
-    return times
+          if not turn:
+            calls[name].append(call)
+    return times, calls
 
   def _gaps(self, calls, expected, inputs) -> list[float]:
     """Logit gaps at the first difference of some rows: ties, or errors?"""

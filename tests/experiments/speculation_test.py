@@ -296,12 +296,14 @@ def test_no_method_always_follows_the_same_one(count):
 def measured_in_turns(config, tmp_path, monkeypatch, kind, methods):
   """Values of a group whose calls take what a drifting machine would take."""
   measurer = speculative_speedup_run.Measurer(config, tmp_path)
-  called = []
+  called, texts = [], []
 
-  def call(*, method, tokens, **_):
+  def call(*, method, tokens, reference=None, **_):
     called.append(method)
+    texts.append(reference)
     return speculation_setup.Call(
-      tokens=tokens[:, :4],
+      # In bfloat16, near a tie.
+      tokens=tokens[:, :4] + np.int32(method == "fixed"),
       seconds={"plain": 6.0, "fixed": 3.0}.get(method, 2.0)
       * len(called) ** 0.1,
       prefill_seconds=1.0,
@@ -320,13 +322,14 @@ def measured_in_turns(config, tmp_path, monkeypatch, kind, methods):
   )
   monkeypatch.setattr(measurer, "_setup", setup)
   monkeypatch.setattr(measurer, "_method", arguments)
+  monkeypatch.setattr(measurer, "_gaps", lambda *_: [0.0])
   group = [
     speculation_plan.Step(
       kind=kind, method=m, domain="tables", batch=1, temperature=0.0
     )
     for m in methods
   ]
-  return measurer.measure(group), called
+  return measurer.measure(group), called, texts
 
 
 def test_methods_are_timed_in_turns(model_folder, tmp_path, monkeypatch):
@@ -336,12 +339,19 @@ def test_methods_are_timed_in_turns(model_folder, tmp_path, monkeypatch):
   config = speculation_config.parse(settings)
   given = config, tmp_path, monkeypatch
   methods = ["plain", "fixed", "heterospec"]
-  values, called = measured_in_turns(*given, "speed", methods)
+  values, called, texts = measured_in_turns(*given, "speed", methods)
   # Two batches of prompts: once each, then three turns.
   assert called[:6] == [m for m in methods for _ in range(2)]
   for first in range(6, len(called), 3):
     assert sorted(called[first : first + 3]) == sorted(methods)
   assert len(called) == 6 + 3 * 2 * 3
+  # At first what each writes of its own; then all on plain decoding's text.
+  assert all(text is None for text in texts[:6])
+  for method, text in zip(called[6:], texts[6:], strict=True):
+    assert (text is None) == (method == "plain")
+    assert text is None or text.tolist() == [[0, 1, 2, 3]]
+  assert [v["mismatched_rows"] for v in values] == [0, 2, 0]
+  assert ["own_tokens_per_call" in v for v in values] == [False, True, True]
   plain, fixed, adaptive = values
   assert "turn_over_plain" not in plain and "turn_over_fixed" not in fixed
   for name, value, true in (
@@ -356,16 +366,22 @@ def test_methods_are_timed_in_turns(model_folder, tmp_path, monkeypatch):
   assert fixed["latency_s"] == pytest.approx(fixed["decode_s"] / 2 + 1.0)
 
   # Alone, it needs plain decoding's times and HeteroSpec's nodes.
-  values, called = measured_in_turns(*given, "speed", ["fixed_same"])
+  values, called, _ = measured_in_turns(*given, "speed", ["fixed_same"])
   assert len(values) == 1
   assert [called.count(m) for m in ("plain", "heterospec", "fixed_same")] == [
-    *(8, 2, 8)
+    *(8, 4, 8)
   ]
-  values, called = measured_in_turns(*given, "exact", ["plain", "fixed"])
+  settings.same_text = False
+  given = speculation_config.parse(settings), *given[1:]
+  _, _, texts = measured_in_turns(*given, "speed", methods)
+  assert all(text is None for text in texts)
+  settings.same_text = True
+  given = speculation_config.parse(settings), *given[1:]
+  values, called, texts = measured_in_turns(*given, "exact", ["plain", "fixed"])
   assert called == ["plain"] * 2 + ["fixed"] * 2
-  assert all(
-    "tokens_per_s" not in v and not v["mismatched_rows"] for v in values
-  )
+  assert all(text is None for text in texts)
+  assert [v["mismatched_rows"] for v in values] == [0, 2]
+  assert not any({"tokens_per_s", "own_tokens_per_call"} & {*v} for v in values)
 
 
 def test_gaps_are_those_of_the_rows_that_differ(model_folder, tmp_path):
