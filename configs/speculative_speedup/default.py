@@ -16,8 +16,8 @@ Device:  one H100 or H200; 2 minutes, and some 2.5 a batch and temperature (the
 Expect:  on one H200, greedy, batch 1, mean of five domains: 6.9 tokens a call
          and 4.4 times plain decoding for the fixed tree, 8.3 and 4.7 for one of
          12 levels; policies that adapt verify 14 to 62% less and are 9% slower
-         to 3% faster: results/speculative_speedup_h200.jsonl (its time ended
-         before the other batches).
+         to 3% faster: results/speculative_speedup_h200.jsonl (each method on
+         its own text; its time ended before the other batches).
 """
 
 import ml_collections
