@@ -190,11 +190,14 @@ def _figure(rows):
   """TFLOP/s on the kept blocks against density, a panel a size."""
   timed = [row for row in rows if "tflops" in row and "layer" not in row]
   sizes = sorted({_size(row) for row in timed})
+  columns = min(max(len(sizes), 1), 4)
+  lines = -(-max(len(sizes), 1) // columns)
   figure = matplotlib.figure.Figure(
-    figsize=(4.2 * max(len(sizes), 1), 3.6), layout="constrained"
+    figsize=(4.2 * columns, 3.6 * lines), layout="constrained"
   )
-  axes = figure.subplots(1, max(len(sizes), 1), squeeze=False)[0]
-  for axis, size in zip(axes, sizes, strict=False):
+  axes = figure.subplots(lines, columns, squeeze=False)
+  colours = {}  # The same in every panel; a dense peer is a dotted line.
+  for axis, size in zip(axes.flat, sizes, strict=False):
     here = [row for row in timed if _size(row) == size]
     for method in dict.fromkeys(row["method"] for row in here):
       points = sorted(
@@ -202,19 +205,22 @@ def _figure(rows):
         for row in here
         if row["method"] == method
       )
+      colour = colours.setdefault(method, f"C{len(colours)}")
       if method in speed_config.DENSE:
-        axis.axhline(points[0][1], ls=":", lw=1, color="#5b6472")
-        axis.annotate(
-          method, (0.05, points[0][1]), fontsize=7, va="bottom", color="#5b6472"
-        )
+        axis.axhline(points[0][1], ls=":", lw=1.4, color=colour, label=method)
       else:
-        axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.plot(
+          *zip(*points, strict=True), marker="o", color=colour, label=method
+        )
     axis.set_xscale("log")
     axis.set_xlabel("density of kept blocks")
     axis.set_title(f"{size[0]:,} tokens, head dim {size[1]}, {size[2]}")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * max(row["tflops"] for row in here))
     axis.legend(fontsize=8, loc="lower right")
-  axes[0].set_ylabel("TFLOP/s on kept blocks")
+  for axis in list(axes.flat)[len(sizes) :]:
+    axis.set_visible(False)
+  for line in axes:
+    line[0].set_ylabel("TFLOP/s on kept blocks")
   return figure
 
 

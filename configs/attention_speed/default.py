@@ -4,7 +4,10 @@
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/default.py --workdir=out/speed
 Device:  one H100 or H200, about six minutes.
-Expect:  see results/ and the README.
+Expect:  on an H200, TFLOP/s on kept blocks from density 1 to 0.05: 611 to 517
+         at 32K (dense: tokamax 611, cuDNN 578), 615 to 569 at 128K; gradients
+         487 to 396 at 32K (cuDNN's dense 525):
+         results/attention_speed_h200.jsonl.
 """
 
 import ml_collections

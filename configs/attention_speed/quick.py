@@ -4,7 +4,7 @@
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/quick.py --workdir=out/speed
 Device:  one H100 or H200, about three minutes.
-Expect:  on an H100 597 to 656 TFLOP/s at 32K and density 0.25, beside 420 of
+Expect:  on an H100 629 to 656 TFLOP/s at 32K and density 0.25, beside 420 of
          FlexAttention: results/attention_speed_h100.jsonl.
 """
 

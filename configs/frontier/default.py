@@ -9,8 +9,11 @@ Run:     python -m experiments.frontier
            --config.max_seconds=1e6
 Device:  one H100 for six minutes at most, or 2 CPU cores for hours. Answers,
          next tokens and layers come before the first clock.
-Expect:  to be filled from the first recorded run. `random 1.0` keeps all
-         blocks: what it moves next tokens by is bfloat16's.
+Expect:  in 170 s of an H200 with what is compiled, all of it:
+         results/frontier_default_h200.jsonl. UniSparse 0.98 keeps the score
+         at 1.33x (8K) and 1.79x (16K) of cuDNN, XAttention with stride 16 at
+         1.12x and 1.96x. `random 1.0` keeps all blocks: what it moves next
+         tokens by, 0.0002 nats, is bfloat16's.
 """
 
 import ml_collections

@@ -5,8 +5,8 @@ Run:     python -m experiments.sampler_throughput
            --config=configs/sampler_throughput/fused.py --workdir=out/speed
            [--config.target=simulated:2000:29]
 Device:  one NVIDIA GPU, about a minute.
-Expect:  on an H200 a step takes 1.01 times the bare products on 2,000 rows
-         (1.72 with the likelihood by XLA) and 1.66 (2.71) on breast cancer;
+Expect:  on an H200 a step takes 1.05 times the bare products on 2,000 rows
+         (1.74 with the likelihood by XLA) and 1.65 (2.62) on breast cancer;
          results/sampler_throughput_fused_h200.jsonl. _h100 swept other tiles.
 """
 

@@ -53,7 +53,12 @@ def get_config():
     width=4, base_depth=3, buckets=(1, 8), static_levels=_STATIC
   )
   config.calibration.update(
-    alpha=3, prompts=8, new_tokens=64, batch_size=10, timed_steps=24
+    alpha=3,
+    prompts=8,
+    new_tokens=64,
+    batch_size=10,
+    timed_steps=24,
+    timed_turns=3,
   )
   config.fixed_depth = 4
   config.fixed_nodes = 15

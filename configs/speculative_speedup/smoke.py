@@ -26,7 +26,12 @@ def get_config():
   )
   config.packed = ((2, 2, 12, 32),)
   config.calibration.update(
-    alpha=0, prompts=2, new_tokens=24, batch_size=4, timed_steps=4
+    alpha=0,
+    prompts=2,
+    new_tokens=24,
+    batch_size=4,
+    timed_steps=4,
+    timed_turns=1,
   )
   config.fixed_depth = 3
   config.fixed_nodes = 15

@@ -49,6 +49,7 @@ class Calibration:
     batch_size: rows logged together.
     temperatures: of the logged runs.
     timed_steps: steps of each timed fixed policy.
+    timed_turns: calls of each that count, after as many that do not.
     min_leaf: see `calibration.fit_thresholds`.
     criterion: see there.
     alpha: of the paper's rule; 0: ceil(base_depth / 2).
@@ -62,6 +63,7 @@ class Calibration:
   batch_size: int = 16
   temperatures: tuple[float, ...] = (0.0, 1.0)
   timed_steps: int = 48
+  timed_turns: int = 8
   min_leaf: float = 0.02
   criterion: str = "weighted"
   alpha: int = 0
@@ -70,7 +72,9 @@ class Calibration:
   max_seconds: float | None = None
 
   def __post_init__(self):
-    for name in ("prompts", "new_tokens", "batch_size", "timed_steps"):
+    for name in (
+      *("prompts", "new_tokens", "batch_size", "timed_steps", "timed_turns"),
+    ):
       checks.check_positive_int(name, getattr(self, name))
     checks.check_choice("criterion", self.criterion, ("weighted", "printed"))
     checks.check_choice("first_bin", self.first_bin, (0, 1))

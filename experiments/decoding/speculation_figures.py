@@ -93,7 +93,7 @@ def _by_batch(rows) -> bytes:
   axes.set_xticks(range(len(batches)), [str(b) for b in batches])
   axes.set_xlabel("batch")
   axes.set_ylabel("times plain decoding")
-  axes.legend(fontsize=7, ncols=2, frameon=False)
+  figure.legend(fontsize=7, ncols=6, frameon=False, loc="outside lower center")
   figures.tidy(axes)
   return figures.png(figure)
 

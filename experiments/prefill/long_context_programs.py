@@ -21,10 +21,9 @@ from flax import nnx
 
 import pallas_kernels
 from experiments.prefill import long_context_config as config_lib
+from experiments.prefill import long_context_shapes
 from unisparse_jax import attention, evaluation, models
 from unisparse_jax.models import decoder
-
-_CAPACITY_MULTIPLE = 128
 
 
 class Programs:
@@ -44,19 +43,20 @@ class Programs:
   ):
     self._config, self._model_config = config, model_config
     self._stop_ids = stop_ids
-    self._dtype = jnp.dtype(config.dtype)
+    self._shapes = long_context_shapes.Shapes(config, model_config)
     self._kinds = set().union(*config.measures().values())
+    dtype = jnp.dtype(config.dtype)
     model = nnx.eval_shape(
       lambda: models.Decoder(
         model_config,
         rngs=nnx.Rngs(0),
-        dtype=self._dtype,
-        param_dtype=self._dtype,
+        dtype=dtype,
+        param_dtype=dtype,
       )
     )
     self._graphdef, state = nnx.split(model)
-    self._params = _shapes(nnx.to_pure_dict(state))
-    self._layers = _shapes(
+    self._params = long_context_shapes.of(nnx.to_pure_dict(state))
+    self._layers = long_context_shapes.of(
       jax.eval_shape(lambda p: _stacked(self._graphdef, p), self._params)
     )
     self._pool = concurrent.futures.ThreadPoolExecutor(
@@ -118,10 +118,8 @@ class Programs:
       )
 
     def trace():
-      tokens = self._tokens(self._config.prompt_len(length))
-      residual = jax.ShapeDtypeStruct(
-        (*tokens.shape, self._model_config.embed_dim), self._dtype
-      )
+      tokens = self._shapes.tokens(self._config.prompt_len(length))
+      residual = self._shapes.residual(length)
       return jax.jit(compare).trace(self._params, tokens, residual, residual)
 
     return self._get(("compare", length), trace)
@@ -139,7 +137,9 @@ class Programs:
 
     return self._get(
       ("attend", fn, self._budget(label).shape, length),
-      lambda: jax.jit(attend).trace(*self._qkv(length), self._budget(label)),
+      lambda: jax.jit(attend).trace(
+        *self._shapes.qkv(length), self._budget(label)
+      ),
     )
 
   def select(self, label: str, layer: int, length: int) -> Callable:
@@ -148,7 +148,7 @@ class Programs:
     return self._get(
       ("select", fn, self._budget(label).shape, length),
       lambda: jax.jit(_selector(fn)).trace(
-        *self._qkv(length)[:2], self._budget(label)
+        *self._shapes.qkv(length)[:2], self._budget(label)
       ),
     )
 
@@ -160,10 +160,10 @@ class Programs:
         q, k, v, mask, implementation=self._config.implementation
       )
 
-    shapes = _shapes(mask)
+    shapes = long_context_shapes.of(mask)
     return self._get(
       ("walk", _key(shapes), length),
-      lambda: jax.jit(walk).trace(*self._qkv(length), shapes),
+      lambda: jax.jit(walk).trace(*self._shapes.qkv(length), shapes),
     )
 
   def quality(self, label: str, layer: int, length: int) -> Callable:
@@ -174,7 +174,7 @@ class Programs:
     )
 
     def trace():
-      q, k, v = self._qkv(length)
+      q, k, v = self._shapes.qkv(length)
       lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
       return jax.jit(fn).trace(mask, q, k, v, q, lse)
 
@@ -198,7 +198,7 @@ class Programs:
       )
 
     return self._get(
-      ("dense", length), lambda: jax.jit(dense).trace(*self._qkv(length))
+      ("dense", length), lambda: jax.jit(dense).trace(*self._shapes.qkv(length))
     )
 
   # When they are compiled.
@@ -292,21 +292,10 @@ class Programs:
       self.compile_s += time.perf_counter() - start
     return known.result()
 
-  # Shapes.
-
-  def _tokens(self, length: int):
-    return jax.ShapeDtypeStruct((1, length), jnp.int32)
-
-  def _qkv(self, length: int):
-    model = self._model_config
-    q, kv = (
-      jax.ShapeDtypeStruct((1, length, heads, model.head_dim), self._dtype)
-      for heads in (model.num_heads, model.num_kv_heads)
-    )
-    return q, kv, kv
+  # Of one pattern's layers.
 
   def _budget(self, label: str):
-    return _shapes(self.budgeted(label)[1].layer(0).budget)
+    return long_context_shapes.of(self.budgeted(label)[1].layer(0).budget)
 
   def _one_layer(self, label: str, layer: int):
     """The attention of one layer alone, with its budgets."""
@@ -321,7 +310,7 @@ class Programs:
     fn, _ = self._one_layer(label, layer)
     key = (fn, length)
     if key not in self._sizes:
-      q, k, _ = self._qkv(length)
+      q, k, _ = self._shapes.qkv(length)
       self._sizes[key] = jax.eval_shape(
         _selector(fn), q, k, self._budget(label)
       )
@@ -329,7 +318,7 @@ class Programs:
 
   def _trace_prefill(self, fn, budgets, length, *, keep_q=False):
     q_len = length if keep_q else self._config.prompt_len(length)
-    capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
+    capacity = long_context_shapes.capacity(length)
 
     def prefill(params, layers, tokens, lengths, budgets):
       model = nnx.merge(self._graphdef, nnx.State(params))
@@ -348,24 +337,13 @@ class Programs:
     return jax.jit(prefill).trace(
       self._params,
       self._layers,
-      self._tokens(q_len),
+      self._shapes.tokens(q_len),
       jax.ShapeDtypeStruct((1,), jnp.int32),
-      _shapes(budgets),
+      long_context_shapes.of(budgets),
     )
 
   def _trace_decode(self, length):
-    model = self._model_config
-    capacity = -(-length // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
-    kv = jax.ShapeDtypeStruct(
-      (model.num_layers, 1, capacity, model.num_kv_heads, model.head_dim),
-      self._dtype,
-    )
-    row = models.Prefilled(
-      logits=jax.ShapeDtypeStruct((1, model.vocab_size), jnp.float32),
-      k=kv,
-      v=kv,
-      lengths=jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+    row = self._shapes.prefilled(length)
 
     def decode(params, rows):
       logits, cache = models.join_prefilled(rows)
@@ -395,10 +373,6 @@ def _selector(fn: attention.BudgetedAttention):
 def _stacked(graphdef, params):
   model = nnx.merge(graphdef, nnx.State(params))
   return nnx.to_pure_dict(models.stack_layers(model))
-
-
-def _shapes(tree: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _key(tree: Any) -> Hashable:

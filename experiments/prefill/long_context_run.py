@@ -2,7 +2,6 @@
 """Measurements of the long-context experiment, one record each."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import tempfile
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.prefill import long_context_config as config_lib
+from experiments.prefill import long_context_masks
 from unisparse_jax import attention, data, evaluation, models, tasks
 from unisparse_jax.data import sources
 
@@ -366,14 +366,14 @@ class Measurer:
     for layer in self._config.mask_layers:
       pattern = entry.pattern(layer)
       q, k, _ = self._captured(layer)
-      mass, listed = _mass_and_mask(pattern, q, k)
+      mass, listed = long_context_masks.mass_and_mask(pattern, q, k)
       group = q.shape[2] // listed.shape[1]
       for head in range(q.shape[2]):
         heads.append((layer, head))
         groups.append((layer, head // group))
         masses.append(np.asarray(mass[0, head]))
         kept.append(np.asarray(listed[0, head // group]))
-    chosen = different_heads(np.stack(masses), groups)
+    chosen = long_context_masks.different_heads(np.stack(masses), groups)
     file = self._workdir / f"masks_{step.length}.npz"
     with tempfile.NamedTemporaryFile(
       dir=self._workdir, prefix=file.name, delete=False
@@ -389,41 +389,3 @@ class Measurer:
       "heads": [heads[i] for i in chosen],
       "block_q": entry.pattern(0).block_q,
     }
-
-
-def different_heads(mass: np.ndarray, groups: Sequence) -> list[int]:
-  """Four heads that behave differently, by their true attention.
-
-  Args:
-    mass: [num_heads, num_q_blocks, num_kv_blocks], rows sum to 1.
-    groups: of each head; equal for heads that share their mask. A second head
-      of a group is taken only where no other is left.
-
-  Returns:
-    Indices of the head that looks nearest, of the one that looks most at the
-    first keys, of the one that spreads most, and of the one that looks most at
-    few blocks in between; fewer where there are fewer heads.
-  """
-  num_q_blocks, num_kv_blocks = mass.shape[1:]
-  rows = np.arange(num_q_blocks)[:, None]
-  columns = np.arange(num_kv_blocks)[None, :]
-  # Queries may have another block size than keys.
-  diagonal = rows * num_kv_blocks // num_q_blocks
-  near = np.abs(columns - diagonal) <= 1
-  local = (mass * near).sum((1, 2))
-  sink = mass[:, :, 0].sum(1)
-  entropy = -(mass * np.log(np.maximum(mass, 1e-9))).sum((1, 2))
-  between = np.where(near | (columns == 0), 0.0, mass).max(2).sum(1)
-  chosen: list[int] = []
-  for feature in (local, sink, entropy, between):
-    seen = {groups[i] for i in chosen}
-    order = [int(i) for i in np.argsort(-feature) if i not in chosen]
-    order.sort(key=lambda i: groups[i] in seen)
-    chosen.extend(order[:1])
-  return chosen
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mass_and_mask(pattern, q, k):
-  mask = pattern.select(q, k)
-  return attention.metrics.block_mass(q, k, mask.grid), mask.to_dense()

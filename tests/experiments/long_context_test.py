@@ -18,6 +18,7 @@ from experiments.frame import html_page
 from experiments.prefill import (
   figures,
   long_context_config,
+  long_context_masks,
   long_context_run,
   long_context_summary,
 )
@@ -237,12 +238,12 @@ def test_heads_that_behave_differently_are_chosen():
   few[8:, 4] += 1.0
   heads = np.stack([uniform, few, uniform, sink, local])
   heads /= heads.sum(-1, keepdims=True)
-  chosen = long_context_run.different_heads(heads, range(5))
+  chosen = long_context_masks.different_heads(heads, range(5))
   assert chosen[:2] == [4, 3]
   assert chosen[2] in (0, 2)
   assert chosen[3] == 1
   # Head 3 shares its mask with head 4: the others come before it.
-  assert 3 not in long_context_run.different_heads(heads, [0, 1, 2, 4, 4])
+  assert 3 not in long_context_masks.different_heads(heads, [0, 1, 2, 4, 4])
 
 
 def test_the_outline_of_one_block_has_four_sides():

@@ -1,7 +1,9 @@
-"""The true block masses: the ceiling for any selector of blocks.
+"""The true block masses: the ceiling of recall for any selector of blocks.
 
 No method can use it, for it costs as much as dense attention. With as many
-blocks in a row, no other choice holds more of the row's dense softmax.
+blocks in a row, no other choice holds more of the row's dense softmax. Answers
+and next tokens may be better with less: a row's mass is a mean over its queries
+(results/README.md, "Next tokens").
 """
 
 import dataclasses
