@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint tests clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.long_context \
@@ -25,9 +25,7 @@ QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
   --xla_cpu_parallel_codegen_split_count=1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: lint tests
-
-tests: $(VENV)/.dev
+test: $(VENV)/.dev lint
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "not gpu and not optimised"
 	$(PYTEST) -m "not gpu and optimised"
 
