@@ -18,7 +18,8 @@ cd "${REPO:-$(pwd)}"
 STUDY=${STUDY:-/tmp/study}
 PY=${PY:-python3}
 OUT_DIR=${OUT_DIR:-$STUDY/results}
-# "calibrate" may be added before "frontier": thresholds by head, which the frontier then measures too ("ours").
+# "calibrate" may be added before "frontier", in a STUDY that has no frontier yet: thresholds by head, which the
+# frontier then measures too ("ours"). The record was taken without: they did worse than one threshold.
 STEPS=${STEPS:-"compile train long frontier capture speed"}
 BUDGET=${BUDGET:-2400}
 # Seconds of each step. The first two are budgets that the trainings keep; tokenising comes before the first.
