@@ -7,6 +7,11 @@ on prompts that dense attention has answered, and the growth of the answers'
 loss is measured. From these the cheapest masks are chosen whose joint growth,
 measured again, stays within a tolerance at every length.
 
+It calibrates thresholds, hence `UniSparseThreshold` alone: a loss is measured
+with limits that are traced values, so one program serves every choice, and 0
+keeps everything. Patterns by top-p are calibrated by recall
+(`experiments.calibrate`), not by what they cost the answers.
+
 Writes WORKDIR/calibration_TOLERANCE.json, which `attention.load_calibration`
 and the method "calibrated" of `experiments.long_context` read, and
 WORKDIR/records.jsonl. The same command goes on where an earlier one stopped.

@@ -4,12 +4,13 @@
 Each sweep of the config is one pattern at several budgets. Measures all of them
 as `experiments.long_context` does, then draws task score, recall and KL against
 density and against attention time with selection, and lists each pattern's
-fastest budget that keeps the dense score. Writes WORKDIR/records.jsonl,
-WORKDIR/matched.json and WORKDIR/report.html. With `search` the answers of few
-budgets are asked for, see `experiments.prefill.frontier_search`; with
-`compile_only` the programs are compiled into the cache and nothing is measured,
-for which the model's folder needs no weights; `beside` names records of an
-earlier run on the same model, whose answers and layers are drawn with these.
+fastest measured budget that keeps the dense score, on the prompts that it is
+reported on. Writes WORKDIR/records.jsonl, WORKDIR/matched.json and
+WORKDIR/report.html. With `search` the answers of few budgets are asked for, see
+`experiments.prefill.frontier_search`; with `compile_only` the programs are
+compiled into the cache and nothing is measured, for which the model's folder
+needs no weights; `beside` names records of an earlier run on the same model,
+whose answers and layers are drawn with these.
 
 The same command goes on where an earlier one stopped.
 """

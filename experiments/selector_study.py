@@ -53,6 +53,9 @@ class StudyConfig:
     layers: layers that are looked at; none: all.
     targets: recalls at which densities are compared.
     block: tokens in a block.
+    group_text: if given, the text (of the next seed) on which each layer's
+      heads are put into groups of similar scores, as large as a key head's;
+      two more ways to score are then tried.
     seed: of the texts.
   """
 
@@ -62,6 +65,7 @@ class StudyConfig:
   layers: tuple[int, ...] = ()
   targets: tuple[float, ...] = (0.9, 0.95, 0.98)
   block: int = 128
+  group_text: str = ""
   seed: int = 0
 
   def __post_init__(self):
@@ -73,6 +77,9 @@ class StudyConfig:
       checks.check_divides("block", self.block, "lengths", length)
     for text in self.texts:
       checks.check_choice("texts", text, (_CODE, *tasks.TASKS))
+    checks.check_choice(
+      "group_text", self.group_text, ("", _CODE, *tasks.TASKS)
+    )
     for target in self.targets:
       checks.check_fraction("targets", target)
 
@@ -92,6 +99,7 @@ def main(argv):
   model = models.load_hf(folder, dtype=jnp.float32)
   layers = config.layers or tuple(range(model.config.num_layers))
   for length in config.lengths:
+    groups = {}
     for text in config.texts:
       missing = [n for n in layers if (length, text, n) not in done]
       if not missing:
@@ -101,10 +109,14 @@ def main(argv):
         tokens_of(corpus, text, length, config.seed),
         attention_fn=attention.DenseAttention(),
       )
+      if config.group_text and not groups:
+        groups = grouped_heads(config, model, corpus, length)
       previous = {}
       for layer, (q, k, _) in enumerate(calls):
         start = time.perf_counter()
-        measured, previous = measure(q[0], k[0], config.block, previous)
+        measured, previous = measure(
+          q[0], k[0], config.block, previous, groups.get(layer)
+        )
         if layer in missing:
           seconds = time.perf_counter() - start
           run.writer.write(
@@ -113,6 +125,7 @@ def main(argv):
             layer=layer,
             curves=measured,
             seconds=seconds,
+            **({"groups": groups[layer]} if groups else {}),
           )
           console.print(f"{length:,} {text} layer {layer}: {seconds:.1f} s")
   report(run.found(), config, run.workdir, console)
@@ -127,7 +140,22 @@ def tokens_of(corpus, text: str, length: int, seed: int) -> jax.Array:
   return jnp.asarray(rows[0]["tokens"][None, :-1], jnp.int32)
 
 
-def measure(q, k, block: int, previous: dict):
+def grouped_heads(config: StudyConfig, model, corpus, length) -> dict:
+  """Groups of similar heads of each layer, on a text that is not measured."""
+  tokens = tokens_of(corpus, config.group_text, length, config.seed + 1)
+  scorer = selector_study_scores.Composite(head_group=1, block=config.block)
+  dense = attention.DenseAttention()
+  return {
+    layer: selector_study_scores.similar_heads(
+      np.asarray(scorer(q[0], k[0])), q.shape[2] // k.shape[2]
+    )
+    for layer, (q, k, _) in enumerate(
+      models.capture_qkv(model, tokens, attention_fn=dense)
+    )
+  }
+
+
+def measure(q, k, block: int, previous: dict, groups=None):
   """Curves of every variant, and the scores that the next layer may reuse."""
   mass = np.asarray(
     selector_study_scores.true_mass(q, k, block=block), np.float64
@@ -144,6 +172,14 @@ def measure(q, k, block: int, previous: dict):
   scores["mean 16, with the layer before"] = 0.5 * (
     base + previous.get("base", base)
   )
+  if groups is not None:
+    scorer = selector_study_scores.Composite(head_group=1, block=block)
+    by_head = np.asarray(scorer(q, k), np.float64)
+    by_key_head = np.arange(q.shape[1]).reshape(k.shape[1], -1)
+    for of, parts in (("a key head's", by_key_head), ("similar", groups)):
+      scores[f"mean 16, mean of {of} heads"] = (
+        selector_study_scores.mean_of_groups(by_head, parts)
+      )
   measured = {}
   for name, value in scores.items():
     measured[name] = selector_study_curves.curves(value, mass)

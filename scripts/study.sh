@@ -1,10 +1,14 @@
 #!/bin/bash
-# Study model -> calibration -> every pattern at matched answers -> speed on
+# Study model, in two trainings -> every pattern at matched answers -> speed on
 # captured masks, on one GPU. From the repository's root:
 #
-#   STUDY=out/study scripts/study.sh        some 25 minutes of an H100
+#   STUDY=out/study scripts/study.sh        some 40 minutes of an H100
 #   SMOKE=1 STUDY=out/smoke scripts/study.sh    a tiny model on a CPU
 #
+# The first training (train_decoder/study.py) is kept in STUDY/first, the second
+# (study_long.py) goes on from it and leaves the measured model in STUDY/train.
+# Settings are those of results/frontier_study_h200.jsonl, whose steps ran on
+# several machines; budgets are of time, so other cards train on other tokens.
 # Steps are independent: each has a time limit, records as it goes, and goes on
 # from its records when the script is run again with the same STUDY. Only the
 # last lines of each log are printed. Whole seconds only.
@@ -14,13 +18,16 @@ cd "${REPO:-$(pwd)}"
 STUDY=${STUDY:-/tmp/study}
 PY=${PY:-python3}
 OUT_DIR=${OUT_DIR:-$STUDY/results}
-STEPS=${STEPS:-"compile train calibrate frontier capture speed"}
-BUDGET=${BUDGET:-1440}
-# Seconds of each step. The first is a budget that the training itself keeps; tokenising comes before it.
-TRAIN_S=${TRAIN_S:-570}
+# "calibrate" may be added before "frontier", in a STUDY that has no frontier yet: thresholds by head, which the
+# frontier then measures too ("ours"). The record was taken without: they did worse than one threshold.
+STEPS=${STEPS:-"compile train long frontier capture speed"}
+BUDGET=${BUDGET:-2400}
+# Seconds of each step. The first two are budgets that the trainings keep; tokenising comes before the first.
+TRAIN_S=${TRAIN_S:-470}
+LONG_S=${LONG_S:-420}
 CORPUS_S=${CORPUS_S:-200}
 CALIBRATE_S=${CALIBRATE_S:-90}    # trying heads; joint choices, prompts and compilation come on top
-FRONTIER_S=${FRONTIER_S:-480}
+FRONTIER_S=${FRONTIER_S:-620}
 CAPTURE_S=${CAPTURE_S:-60}
 SPEED_S=${SPEED_S:-90}
 GRACE_S=${GRACE_S:-60}            # beyond a budget before a step is killed
@@ -28,20 +35,21 @@ RESERVE_S=${RESERVE_S:-100}       # of what is left, kept from the frontier for 
 COMPILE_THREADS=${COMPILE_THREADS:-4}
 SMOKE=${SMOKE:-0}
 MODEL=${MODEL:-}                  # another trained model: then no training
-# TRAIN_CONFIG: another config of train_decoder, such as study_long.py.
-EXTRA_TRAIN=${EXTRA_TRAIN:-}; EXTRA_FRONTIER=${EXTRA_FRONTIER:-}
+EXTRA_TRAIN=${EXTRA_TRAIN:-}; EXTRA_LONG=${EXTRA_LONG:-}; EXTRA_FRONTIER=${EXTRA_FRONTIER:-}
 mkdir -p "$STUDY" "$OUT_DIR"
 # One compilation cache for every step (the mains keep one that is set).
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$STUDY/compilation_cache}
 CFG=configs
-T_CFG=${TRAIN_CONFIG:-$CFG/train_decoder/study.py}; C_CFG=$CFG/calibrate_answers/study.py; F_CFG=$CFG/frontier/study.py
+T_CFG=$CFG/train_decoder/study.py; L_CFG=$CFG/train_decoder/study_long.py
+C_CFG=$CFG/calibrate_answers/study.py; F_CFG=$CFG/frontier/study.py
 Q_CFG=$CFG/capture_attention/study.py; S_CFG=$CFG/attention_speed/captured.py
 if [ "$SMOKE" = 1 ]; then
   export JAX_PLATFORMS=cpu
-  T_CFG=$CFG/train_decoder/study_smoke.py; C_CFG=$CFG/calibrate_answers/study_smoke.py
+  T_CFG=$CFG/train_decoder/study_smoke.py; L_CFG=$T_CFG
+  C_CFG=$CFG/calibrate_answers/study_smoke.py
   F_CFG=$CFG/frontier/study_smoke.py; Q_CFG=$CFG/capture_attention/smoke.py
   S_CFG=$CFG/attention_speed/captured_smoke.py
-  BUDGET=${SMOKE_BUDGET:-3600}; TRAIN_S=${SMOKE_TRAIN_S:-20}; CALIBRATE_S=20; FRONTIER_S=${SMOKE_FRONTIER_S:-600}
+  BUDGET=${SMOKE_BUDGET:-3600}; TRAIN_S=${SMOKE_TRAIN_S:-20}; LONG_S=$TRAIN_S; CALIBRATE_S=20; FRONTIER_S=${SMOKE_FRONTIER_S:-600}
 fi
 T0=$(date +%s)
 elapsed() { echo $(( $(date +%s) - T0 )); }
@@ -58,8 +66,8 @@ run() {  # name, limit, command...
   tail -n "${TAIL:-6}" "$STUDY/$name.log" | cut -c1-400
 }
 collect() {
-  for f in "$STUDY"/*.log "$STUDY"/calibration.json "$STUDY"/train/train/metrics.jsonl \
-           "$STUDY"/train/model/{config,evaluation,training_config}.json "$STUDY"/calibration/records.jsonl \
+  for f in "$STUDY"/*.log "$STUDY"/calibration.json "$STUDY"/{first/,}train/train/metrics.jsonl \
+           "$STUDY"/{first/,}train/model/{config,evaluation,training_config}.json "$STUDY"/calibration/records.jsonl \
            "$STUDY"/frontier/{records.jsonl,matched.json,report.html} "$STUDY"/captured/records.jsonl \
            "$STUDY"/speed/records.jsonl; do
     [ -e "$f" ] || continue
@@ -92,17 +100,28 @@ values = hf_config.to_dict(models.DecoderConfig(**config.model.to_dict()), dtype
 root = pathlib.Path(models.__file__).parents[1]
 shutil.copy(root / "pretrained" / config.data.tokenizer / "tokenizer.json", folder)
 P
-  XLA_PYTHON_CLIENT_PREALLOCATE=false timeout -k 10 "$((TRAIN_S + CORPUS_S))" nice -n 5 $PY -m experiments.frontier \
+  XLA_PYTHON_CLIENT_PREALLOCATE=false timeout -k 10 "$((TRAIN_S + CORPUS_S + LONG_S))" nice -n 5 $PY -m experiments.frontier \
     --config="$F_CFG:$STUDY" --config.model="$STUDY/shape" --config.compile_only=True \
     --config.compile_threads=$COMPILE_THREADS --workdir="$STUDY/compile" > "$STUDY/compile.log" 2>&1 &
   COMPILER=$!
   say "programs compile beside the training"
 fi
-if has train && [ -z "$MODEL" ]; then
-  # The compiler beside it needs some of the card's memory.
-  XLA_PYTHON_CLIENT_MEM_FRACTION=${TRAIN_MEM_FRACTION:-0.85} run train $((TRAIN_S + CORPUS_S + GRACE_S)) \
-    $PY -m experiments.train_decoder --config=$T_CFG --workdir="$STUDY/train" \
+# The compiler beside a training needs some of the card's memory.
+MEMORY=${TRAIN_MEM_FRACTION:-0.85}
+FIRST=$STUDY/first/train
+if has train && [ -z "$MODEL" ] && [ ! -e "$FIRST/model/evaluation.json" ]; then
+  XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY run train $((TRAIN_S + CORPUS_S + GRACE_S)) \
+    $PY -m experiments.train_decoder --config=$T_CFG --workdir="$FIRST" \
     --config.train.max_seconds=$TRAIN_S $EXTRA_TRAIN
+fi
+if has long && [ -z "$MODEL" ] && [ ! -e "$STUDY/train/model/evaluation.json" ]; then
+  if [ ! -e "$FIRST/model/config.json" ]; then
+    say "no first model: the second training cannot begin"; exit 1
+  fi
+  CACHE=; [ -e "$FIRST/data/corpus" ] && CACHE=--config.data.cache=$FIRST/data/corpus
+  XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY run long $((LONG_S + GRACE_S)) \
+    $PY -m experiments.train_decoder --config=$L_CFG --workdir="$STUDY/train" --config.initial="$FIRST/model" \
+    $CACHE --config.train.max_seconds=$LONG_S $EXTRA_LONG
 fi
 if [ -n "$COMPILER" ]; then
   if [ "$SMOKE" = 1 ]; then wait "$COMPILER"; else kill "$COMPILER" 2>/dev/null; wait "$COMPILER" 2>/dev/null; fi

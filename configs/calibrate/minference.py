@@ -6,8 +6,16 @@ Sizes are those of the released search over 30K tokens, scaled to 8,192.
 Run:     python -m experiments.calibrate
            --config=configs/calibrate/minference.py --workdir=out/minference
          By output error: --config.rule=minference_error
-Device:  2 CPU cores, about 10 minutes.
-Expect:  to be filled from the first recorded run.
+Device:  2 CPU cores, about 3 minutes.
+Expect:  both rules choose the same, results/calibration_minference.json and
+         ..._error.json: vertical and slash lines (250, 1000) in 46 of 48 heads,
+         25 blocks a row in two (layer 4 head 0, layer 6 head 1). Mean recall of
+         the candidates, in the order below: 0.69, 0.81, 0.80, 0.80, 0.64, 0.96,
+         0.88 (..._cpu.jsonl). On qa_1 density 0.558, recall 0.979.
+         The search does not weigh what a candidate costs, and scaled to 8,192
+         tokens these cost different shares: the fullest wins nearly everywhere,
+         so the found heads say little, and experiments elsewhere give one size
+         to all heads.
 """
 
 import ml_collections

@@ -5,8 +5,8 @@ One lost prompt of 32 is 3% of the score, which decides alone whether a budget
 keeps 99%. Here every budget is measured, not searched for.
 
 Run:     python -m experiments.frontier
-           --config=configs/frontier/study_more_prompts.py:out/study_long
-           --workdir=out/study_long/more_prompts
+           --config=configs/frontier/study_more_prompts.py:out/study
+           --workdir=out/study/more_prompts
 Device:  one H100 or H200, seven minutes; the answers come first.
 Expect:  in 200 s of an H200 the answers of all but sample v1: MInference 100%
          of dense, one threshold of 2 102%, UniSparse at 0.85 99.3%, at 0.8 98%;
@@ -23,7 +23,7 @@ _VALUES = {
 }
 
 
-def get_config(root: str = "out/study_long"):
+def get_config(root: str = "out/study"):
   config = study.get_config(root)
   sweeps = {sweep["label"]: sweep for sweep in config.sweeps}
   config.sweeps = tuple(

@@ -9,7 +9,8 @@ a length that a model has not seen is answered at chance (0 of 32 at 8K after
 channels a wavelength beyond 128K, as the shipped model's does beyond 32K.
 
 Run:     python -m experiments.train_decoder
-           --config=configs/train_decoder/study.py --workdir=out/study/train
+           --config=configs/train_decoder/study.py
+           --workdir=out/study/first/train
 Device:  one H100 and 16 CPU cores: 10 minutes. The run fits its budget; a stage
          gets the share of the time that its steps have of all tokens.
 Expect:  in 457 s of one H100 109M, 32M, 16M and 4M tokens at 2K, 8K, 32K and

@@ -6,6 +6,11 @@ must be listed from sparse to full, finds the sparsest that keeps the dense
 score, and only that point's layers and times are measured. It starts where the
 length before ended, looks beside it, then bisects. Layers and times of the
 other points come last.
+
+Bisection takes scores to rise with the budget. With few prompts they do not
+always (results/frontier_study_h200.jsonl: UniSparse at 16K 89.6% at 0.8, 87.8%
+at 0.9), so what it finds is the sparsest of the budgets that were asked, and a
+sparser one that was not may keep the score too: `search=False` asks all.
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,9 +8,12 @@ float32 [num_mask_heads, num_q_blocks, num_kv_blocks], rows summing to 1.
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from unisparse_jax import attention
@@ -198,6 +201,44 @@ def true_mass(q, k, *, block):
     q[None], k[None], block_q=block, block_kv=block
   )
   return attention.metrics.block_mass(q[None], k[None], grid)[0]
+
+
+def similar_heads(scores: np.ndarray, size: int) -> tuple[tuple[int, ...], ...]:
+  """Groups of heads whose scores overlap most; for few heads: tries them all.
+
+  Args:
+    scores: [num_heads, num_blocks, num_blocks], rows sum to 1.
+    size: heads in a group; divides num_heads.
+
+  Returns:
+    The groups, each head in one.
+  """
+  pairs = itertools.combinations(range(len(scores)), 2)
+  overlap = {
+    (a, b): np.minimum(scores[a], scores[b]).sum(-1).mean() for a, b in pairs
+  }
+
+  def partitions(heads: list[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    if not heads:
+      yield ()
+      return
+    for others in itertools.combinations(heads[1:], size - 1):
+      rest = [head for head in heads[1:] if head not in others]
+      for groups in partitions(rest):
+        yield ((heads[0], *others), *groups)
+
+  def total(groups):
+    return sum(overlap[p] for g in groups for p in itertools.combinations(g, 2))
+
+  return max(partitions(list(range(len(scores)))), key=total)
+
+
+def mean_of_groups(scores: np.ndarray, groups: Iterable) -> np.ndarray:
+  """Scores by head, each the mean of its group's."""
+  shared = np.empty_like(scores)
+  for group in groups:
+    shared[list(group)] = scores[list(group)].mean(0)
+  return shared
 
 
 _C = Composite

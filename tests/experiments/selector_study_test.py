@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.selector_study import default, smoke
+from configs.selector_study import default, similarity, smoke
 from experiments import selector_study
 from experiments.frame import flags_and_configs
 from experiments.prefill import selector_study_curves, selector_study_scores
@@ -30,6 +30,7 @@ def test_writes_records_and_a_table(
   config = smoke.get_config()
   config.model = str(model_folder)
   config.lengths, config.layers = (512,), (0, 1)
+  config.group_text = "vt"
   for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path / "a"))):
     monkeypatch.setattr(
       selector_study, name, types.SimpleNamespace(value=value)
@@ -39,7 +40,10 @@ def test_writes_records_and_a_table(
   assert len(found) == 4
   table = json.loads((tmp_path / "a" / "table.json").read_text())
   variants = {row["variant"] for row in table["rows"]}
-  assert {"oracle", *few[:3]} <= variants
+  means = [f"mean 16, mean of {x} heads" for x in ("a key head's", "similar")]
+  assert {"oracle", *few[:3], *means} <= variants
+  for record in found:  # 4 heads in two pairs
+    assert sorted(head for g in record["groups"] for head in g) == [0, 1, 2, 3]
   assert {line["budgets"] for line in table["calibration"]} == {
     "one budget for all",
     "equal recall",
@@ -49,7 +53,7 @@ def test_writes_records_and_a_table(
   assert len(records.read(tmp_path / "a" / "records.jsonl")) == 4
 
 
-@pytest.mark.parametrize("module", [default, smoke])
+@pytest.mark.parametrize("module", [default, similarity, smoke])
 def test_configs_are_valid(module):
   flags_and_configs.to_dataclass(
     selector_study.StudyConfig, module.get_config(), name="config"
@@ -63,6 +67,7 @@ def test_bad_settings_are_named():
     (dict(texts=("prose",)), "texts must be a known name"),
     (dict(targets=(2.0,)), "targets must be in"),
     (dict(lengths=()), "lengths must not be empty"),
+    (dict(group_text="prose"), "group_text must be a known name"),
   ):
     with pytest.raises(ValueError, match=message):
       flags_and_configs.to_dataclass(
@@ -110,6 +115,21 @@ def test_an_outlier_apart_is_exact_where_the_other_keys_are_equal():
   )
   np.testing.assert_allclose(apart, expected, atol=1e-5)
   assert np.abs(plain - expected).max() > 0.001
+
+
+def test_heads_that_look_alike_share_a_group_and_its_mean():
+  rng = np.random.default_rng(0)
+  kinds = rng.random((3, 8, 8)) ** 4
+  scores = kinds[[0, 1, 2, 1, 0, 2]] + 0.01 * rng.random((6, 8, 8))
+  scores /= scores.sum(-1, keepdims=True)
+  groups = selector_study_scores.similar_heads(scores, 2)
+  assert groups == ((0, 4), (1, 3), (2, 5))
+  shared = selector_study_scores.mean_of_groups(scores, groups)
+  np.testing.assert_array_equal(shared[4], (scores[0] + scores[4]) / 2)
+  np.testing.assert_array_equal(shared[4], shared[0])
+  assert selector_study_scores.similar_heads(scores, 1) == tuple(
+    (head,) for head in range(6)
+  )
 
 
 def test_curves_count_what_a_mask_keeps():

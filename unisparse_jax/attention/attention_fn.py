@@ -68,10 +68,15 @@ class SparseAttention:
 
   Attributes:
     pattern: the method and its settings.
-    dense_below: calls with fewer keys than this use dense attention. On an H100
-      0 will do from 4,096 keys on (32 query heads of 128, bfloat16): UniSparse
-      at density 0.25, selection included, took 0.53 of cuDNN's time there, and
-      0.37 at 8,192. Shorter calls, other devices: `experiments.calibrate`.
+    dense_below: calls with fewer keys than this use dense attention. Where it
+      should lie depends on the model and the card. Measured: one call of 4,096
+      keys on an H100 (32 query heads of 128, bfloat16; UniSparse at density
+      0.25, selection included) took 0.53 of cuDNN's time, 0.37 at 8,192; with 8
+      heads on an H200 UniSparse at 0.95 took 0.94 at 4,096. The shipped model
+      (6 heads of 64) on an H200 has its first token sooner only above 8,192
+      keys: UniSparse at 0.95 0.93x of dense attention's speed there, 1.39x at
+      16,384 (results/frontier_default_h200.jsonl). Calls of fewer than 4,096
+      keys were not timed on a card: `experiments.calibrate` does.
     implementation: back end of `sparse_attention`.
     dense_implementation: that of dense attention below the limit.
   """

@@ -15,8 +15,11 @@ import numpy as np
 class Problem:
   """One sequence and its blocks."""
 
-  def __init__(self, q, k, offset, block_q, block_kv, causal=True):
+  def __init__(self, q, k, offset, block_q, block_kv, causal=True, later=None):
+    """later: keys [n, num_kv_heads, dim] after the last that a query sees."""
     self.q, self.k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    later = self.k[:0] if later is None else np.asarray(later, np.float64)
+    self.all_k = np.concatenate([self.k, later])
     self.offset, self.causal = offset, causal
     self.block_q, self.block_kv = block_q, block_kv
     self.q_len, self.num_heads, self.dim = self.q.shape
@@ -235,16 +238,16 @@ def composite_scores(problem, first, group, window_q, window_kv):
   """By row and block: attention of each composite query, and its tokens.
 
   Composites are means over tokens and over the query heads first, ...,
-  first + group - 1, or the key heads that these read. No causality.
+  first + group - 1, or the key heads that these read. A composite of keys is
+  the mean of all its keys, those after the last query included, and is seen
+  by the composite queries whose last token is not before its first.
   """
   kv_heads = sorted({h // problem.group for h in range(first, first + group)})
   queries = problem.q[:, first : first + group].mean(1)
-  keys = problem.k[:, kv_heads].mean(1)
-  counts, means = [], []
-  for start in range(0, problem.kv_len, window_kv):
-    members = keys[start : start + window_kv]
-    counts.append(len(members))
-    means.append(members.mean(0))
+  keys = problem.all_k[:, kv_heads].mean(1)
+  starts = range(0, len(keys), window_kv)
+  counts = [len(keys[start : start + window_kv]) for start in starts]
+  means = [keys[start : start + window_kv].mean(0) for start in starts]
   for i in range(problem.q_blocks):
     rows, sizes = [], []
     tokens = problem.queries_of(i)
@@ -253,15 +256,23 @@ def composite_scores(problem, first, group, window_q, window_kv):
       logits = np.stack(means) @ members.mean(0) / math.sqrt(problem.dim)
       # A ragged composite stands for fewer keys.
       logits += np.log(np.array(counts) / window_kv)
+      if problem.causal:
+        last = problem.offset + start + len(members) - 1
+        logits[np.array(starts) > last] = -np.inf
       p = np.exp(logits - logits.max())
       p /= p.sum()
-      rows.append(by_block(p, problem.block_kv // window_kv))
+      blocks = by_block(p, problem.block_kv // window_kv)
+      rows.append(blocks[: problem.kv_blocks])
       sizes.append(len(members))
     yield i, np.array(rows), np.array(sizes)
 
 
+def always_kept(problem, i):
+  """Without causality nothing; else the diagonal and the first block."""
+  return problem.diagonal(i) | {0} if problem.causal else set()
+
+
 def unisparse(problem, *, top_p, window_q, window_kv, head_group):
-  assert not problem.causal
   kept = problem.empty()
   group = head_group or problem.group
   for first in range(0, problem.num_heads, group):
@@ -269,16 +280,16 @@ def unisparse(problem, *, top_p, window_q, window_kv, head_group):
       problem, first, group, window_q, window_kv
     ):
       scores = (rows * sizes[:, None]).sum(0) / sizes.sum()
+      forced = always_kept(problem, i)
       for head in range(first, first + group):
         share = per_head(top_p, first // group)
-        keep_with_forced(kept[head, i], scores, set(), share)
-  return kept, None
+        keep_with_forced(kept[head, i], scores, forced, share)
+  return problem.cut(kept), None
 
 
 def unisparse_threshold(
   problem, *, min_score, over_queries, window_q, window_kv, head_group
 ):
-  assert not problem.causal
   kept = problem.empty()
   group = head_group or problem.group
   for first in range(0, problem.num_heads, group):
@@ -290,8 +301,23 @@ def unisparse_threshold(
       if over_queries == "mean":
         scores = (rows * sizes[:, None]).sum(0) / sizes.sum()
       is_kept = (scores >= limit) | (scores == scores.max())
+      is_kept[list(always_kept(problem, i))] = True
       kept[first : first + group, i] = is_kept
-  return kept, None
+  return problem.cut(kept), None
+
+
+def streaming(problem, *, num_sink, num_local):
+  """Whole blocks: the first ones, and as many as num_local needs on each side
+  of those that hold the row's own positions (causal: before them only)."""
+  kept = problem.empty()
+  near = math.ceil(num_local / problem.block_kv)
+  for i in range(problem.q_blocks):
+    own = problem.diagonal(i)
+    for j in range(problem.kv_blocks):
+      is_sink = j * problem.block_kv < num_sink
+      is_near = min(own) - near <= j <= max(own) + near
+      kept[:, i, j] = is_sink or is_near
+  return problem.cut(kept), None
 
 
 def minference(

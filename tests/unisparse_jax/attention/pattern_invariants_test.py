@@ -192,6 +192,49 @@ def test_everything_kept_is_dense_attention(name, chunk):
     helpers.assert_same(out, expected, 2e-6)
 
 
+EVERY_HEAD = {  # MInference's kinds, each with all that there is
+  "a_shape": ("a_shape", 1, CAPACITY),
+  "a_shape, sinks": ("a_shape", CAPACITY, 1),
+  "vertical": ("vertical_slash", CAPACITY, 1),
+  "slash": ("vertical_slash", 1, CAPACITY),
+  "block_sparse": ("block_sparse", CAPACITY, 0),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "settings", "causal"),
+  [(name, ALL[name], True) for name in attention.PATTERNS]
+  + [("minference", dict(heads=(h,)), True) for h in EVERY_HEAD.values()]
+  + [(name, ALL[name], False) for name in (*BIDIRECTIONAL, "dense")]
+  + [("streaming", ALL["streaming"], False)],
+)
+def test_a_budget_of_everything_hides_no_key(name, settings, causal):
+  pattern = make(name, **settings)
+
+  @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+  @hypothesis.given(problems())
+  def check(problem):
+    q, k, q_offset, kv_len = problem
+    mask = select(pattern, q, k, q_offset, kv_len, causal=causal)
+    seen = np.repeat(np.asarray(mask.to_dense()), BLOCKS["block_q"], axis=2)
+    seen = np.repeat(seen, BLOCKS["block_kv"], axis=3)
+    seen = seen[:, :, :Q_LEN, :CAPACITY]
+    if mask.columns is not None:
+      columns = np.asarray(mask.columns.to_dense(CAPACITY))
+      seen = seen | columns[:, :, None]
+    offset, length = (
+      np.asarray(x)[:, None, None, None] for x in (q_offset, kv_len)
+    )
+    position = offset + np.arange(Q_LEN)[:, None]
+    key = np.arange(CAPACITY)
+    needed = key < length
+    if causal:  # positions past kv_len are padding
+      needed = needed & (key <= position) & (position < length)
+    assert (seen | ~needed).all()
+
+  check()
+
+
 @pytest.mark.parametrize("name", ONLY_CAUSAL)
 def test_causal_methods_refuse_bidirectional_attention(name):
   q, k, _ = helpers.make_qkv(q_len=32, num_heads=HEADS)

@@ -87,6 +87,8 @@ CASES = {
     head_group=1,
     **WIDE_KEYS,
   ),
+  "streaming": dict(num_sink=20, num_local=33, **BLOCKS),
+  "streaming wide": dict(num_sink=0, num_local=32, **WIDE_KEYS),
 }
 BIDIRECTIONAL = (
   "sample_attention",
@@ -98,10 +100,11 @@ BIDIRECTIONAL = (
   "unisparse wide",
   "unisparse_threshold",
   "unisparse_threshold max",
+  "streaming",
 )
-# Causal UniSparse has a test of its own, by a loop over its scores.
-RUNS = [(case, True) for case in CASES if "unisparse" not in case]
+RUNS = [(case, True) for case in CASES]
 RUNS += [(case, False) for case in BIDIRECTIONAL]
+SEEDS = (0, 1, 2)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "causal"))
@@ -118,11 +121,12 @@ def draw(seed, batch=len(OFFSETS)):
   return jnp.asarray(1.5 * q, jnp.float32), jnp.asarray(k, jnp.float32)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("case", "causal"), RUNS)
-def test_blocks_are_those_of_the_published_steps(case, causal):
+def test_blocks_are_those_of_the_published_steps(case, causal, seed):
   name, settings = case.split(" ")[0], dict(CASES[case])
   pattern = attention.make_pattern(name, **settings)
-  q, k = draw(seed=0)
+  q, k = draw(seed)
   offsets, kv_lens = (jnp.asarray(x, jnp.int32) for x in (OFFSETS, KV_LENS))
   mask = select(pattern, q, k, offsets, kv_lens, causal=causal)
   kept = np.repeat(
@@ -134,12 +138,13 @@ def test_blocks_are_those_of_the_published_steps(case, causal):
   block_q, block_kv = (settings.pop(x) for x in ("block_q", "block_kv"))
   densities, kinds = [], []
   for b, (offset, kv_len) in enumerate(zip(OFFSETS, KV_LENS, strict=True)):
-    q_len = Q_LEN
+    q_len, all_keys = Q_LEN, k[b, :kv_len]
     if causal:
       q_len = min(Q_LEN, kv_len - offset)
       kv_len = min(kv_len, offset + q_len)
     problem = numpy_patterns.Problem(
-      q[b, :q_len], k[b, :kv_len], offset, block_q, block_kv, causal
+      *(q[b, :q_len], all_keys[:kv_len], offset, block_q, block_kv, causal),
+      later=all_keys[kv_len:],
     )
     expected, expected_columns, *kind = getattr(numpy_patterns, name)(
       problem, **settings
