@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import signal
 import types
 
 import jax
@@ -68,6 +69,24 @@ def test_what_hung_is_tried_again_alone(run_main, monkeypatch):
   assert status == 0
   assert [r["exit"] for r in found if r["exit"] != 0] == [None]
   assert found[-1]["case"] == "columns" and found[-1]["exit"] == 0
+
+
+def test_what_died_of_a_signal_is_tried_again_alone(run_main):
+  status, found = run_main(
+    'for last; do :; done; test "$2 $last" = "memcheck sampled" || exit 0\n'
+    'test -e "$0.seen" || { touch "$0.seen"; kill -SEGV $$; }'
+  )
+  assert status == 0
+  assert [r["exit"] for r in found if r["exit"] != 0] == [-signal.SIGSEGV]
+  assert found[-1]["case"] == "sampled" and found[-1]["exit"] == 0
+  assert len(found) == len(kernel_checks.TOOLS) * len(kernel_cases.CASES) + 1
+
+
+def test_what_dies_of_a_signal_twice_is_no_success(run_main):
+  status, found = run_main("kill -SEGV $$")
+  assert status == 1 and {r["exit"] for r in found} == {-signal.SIGSEGV}
+  tries = len(kernel_checks.TOOLS) * len(kernel_cases.CASES)
+  assert len(found) == 2 * tries  # once more and no oftener
 
 
 def test_a_missing_tool_is_named(monkeypatch):
