@@ -45,6 +45,26 @@ def test_configs_parse(config):
   attention_speed_config.parse(config.get_config())
 
 
+def test_default_times_gradients_and_every_length():
+  config = attention_speed_config.parse(default.get_config())
+  assert {c.length for c in config.cases} == {
+    *(1 << n for n in range(12, 18)),
+    1 << 20,
+  }
+  gradients = {(c.length, c.head_dim): c for c in config.cases if c.backward}
+  for size in ((4096, 128), (32768, 128), (32768, 64), (131072, 128)):
+    case = gradients[size]
+    assert case.densities == (1.0, 0.5, 0.25, 0.1, 0.05)
+    assert set(case.peers) & set(attention_speed_config.DENSE)
+  (million,) = (c for c in config.cases if c.length == 1 << 20)
+  assert million.selection and million.selected_densities == (0.03,)
+  # Bytes of the lists: for each mask head and block of queries.
+  pattern = attention_speed_run._make(config.attended)
+  blocks = million.length // config.block
+  lists = 4 * config.num_mask_heads * blocks * pattern.max_blocks
+  assert lists <= 1 << 28
+
+
 @pytest.fixture
 def run_torch(monkeypatch, tmp_path):
   """The records of the PyTorch peers, by a script in place of Python."""
