@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.block_sparse_attention import columns
 from tests import helpers
 
@@ -120,12 +121,13 @@ def test_gradients_of_many_blocks_are_summed_in_float32():
   ("head_dim", "dtype"),
   [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (256, "float16")],
 )
-def test_lowers_for_cuda(head_dim, dtype):
-  (*arrays, positions), settings, _ = make_case(jnp.dtype(dtype), head_dim)
-  offset = settings["q_offset"]
-  traced = jax.jit(
-    lambda *args: columns.attend_on_hopper(*args, (BLOCK, True, 0.1))
-  ).trace(*arrays, positions, offset)
+def test_lowers_for_cuda(head_dim, dtype, monkeypatch):
+  monkeypatch.setattr(device, "is_hopper", lambda: True)
+  arrays, settings, _ = make_case(jnp.dtype(dtype), head_dim)
+  attend = functools.partial(
+    columns.column_attention, **settings, implementation="mosaic_gpu"
+  )
+  traced = jax.jit(attend).trace(*arrays)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@mosaic_gpu") == 1
 
