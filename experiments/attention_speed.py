@@ -17,6 +17,7 @@ WORKDIR/records.jsonl, a line a measurement, and WORKDIR/speed.png.
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ _NAMES = (
   *("length", "head_dim", "direction", "layer", "method", "what", "density"),
 )
 _ROOT = pathlib.Path(__file__).parents[1]
+_FOLDERS = re.compile(r"(?<!\w)(?:/[^\s/'\"]+)+/")  # of an absolute path
+_MOST_WORDS = 300  # characters
 
 
 def main(argv):
@@ -82,23 +85,39 @@ def _measure_torch(config: speed_config.Config) -> Iterator[dict[str, Any]]:
     done = subprocess.run(
       [sys.executable, "-m", "experiments.kernels.attention_speed_torch"],
       input=request,
-      stdout=subprocess.PIPE,
+      capture_output=True,
       text=True,
       timeout=config.torch_timeout_s,
       cwd=_ROOT,
       check=True,
     )
-    output, error = done.stdout, None
-  except subprocess.TimeoutExpired as expired:
-    output = (expired.stdout or b"").decode()
+    output, messages, error = done.stdout, done.stderr, None
+  except subprocess.TimeoutExpired as expired:  # of bytes, whatever was asked
+    output, messages = (
+      (x or b"").decode(errors="replace")
+      for x in (expired.stdout, expired.stderr)
+    )
     error = f"stopped after {config.torch_timeout_s} s"
   except subprocess.CalledProcessError as failed:
-    output, error = failed.stdout, f"exit status {failed.returncode}"
+    output, messages = failed.stdout, failed.stderr
+    error = f"exit status {failed.returncode}"
+  sys.stderr.write(messages)
   for line in output.splitlines():
     if line.startswith("{"):
       yield json.loads(line)
   if error:
-    yield {"method": "torch", "error": error}
+    said = _last_words(messages)
+    yield {"method": "torch", "error": f"{error}: {said}" if said else error}
+
+
+def _last_words(messages: str) -> str:
+  """The end of what a process said, without a traceback and its folders."""
+  lines = [
+    line.strip()
+    for line in messages.splitlines()
+    if line.strip() and not line[0].isspace() and "Traceback" not in line
+  ]
+  return _FOLDERS.sub("", " ".join(lines[-3:]))[-_MOST_WORDS:]
 
 
 def _without_types(value):

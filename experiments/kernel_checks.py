@@ -5,10 +5,10 @@ python -m experiments.kernel_checks --workdir=out/kernel_checks
 
 memcheck and racecheck on every case of `experiments.kernels.kernel_cases`, each
 in a process of its own, six at once: a minute or two. What has not ended in
-time is stopped and tried once more, alone. Writes a JSON line for each try to
-WORKDIR/kernel_checks.jsonl (exit status 0: clean, 9: findings, null: stopped)
-and what the tool printed to WORKDIR/TOOL_CASE.txt; ends with 1 unless all are
-clean.
+time is stopped and, like a tool that died of a signal, tried once more, alone.
+Writes a JSON line for each try to WORKDIR/kernel_checks.jsonl (exit status 0:
+clean, 9: findings, null: stopped, below 0: died of that signal) and what the
+tool printed to WORKDIR/TOOL_CASE.txt; ends with 1 unless all are clean.
 """
 
 import concurrent.futures

@@ -3,25 +3,49 @@
 
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/default.py --workdir=out/speed
-Device:  one H100 or H200, about six minutes.
+Device:  one H100 or H200, by the times of its parts about five minutes and at
+         most 165 s of PyTorch's peers before.
 Expect:  on an H200, TFLOP/s on kept blocks from density 1 to 0.05: 611 to 517
          at 32K (dense: tokamax 611, cuDNN 578), 615 to 569 at 128K; gradients
          487 to 396 at 32K (cuDNN's dense 525):
-         results/attention_speed_h200.jsonl.
+         results/attention_speed_h200.jsonl, without the lengths 16K and 64K,
+         the gradients at head_dim 64 and at 128K, and 1M with its selection.
 """
 
 import ml_collections
 
 
 def get_config():
+  jax_peers = ("cudnn", "attention_mgpu", "tokamax")
+  # FlexAttention compiles for some seconds at each density and direction, so
+  # it runs at 32K and 128K alone.
+  dense = (*jax_peers, "torch_flash2", "torch_cudnn")
+  between = dict(densities=(1.0, 0.25, 0.05), peers=dense)
   config = ml_collections.ConfigDict()
   config.cases = (
-    dict(length=4096, backward=True, selection=True),
-    dict(length=8192),
+    dict(length=4096, backward=True, selection=True, peers=dense),
+    dict(length=8192, **between),
+    dict(length=16384, **between),
     dict(length=32768, backward=True, selection=True),
-    dict(length=32768, head_dim=64),
-    dict(length=131072, selection=True),
-    dict(length=1048576, densities=(0.03,), peers=(), selection=True),
+    dict(length=32768, head_dim=64, backward=True),
+    dict(length=65536, **between),
+    dict(
+      length=131072,
+      backward=True,
+      selection=True,
+      # FlashAttention-2 would take almost twice the time of cuDNN.
+      peers=(*jax_peers, "torch_cudnn", "torch_flex"),
+    ),
+    dict(
+      length=1048576,
+      densities=(0.03,),
+      peers=(),
+      selection=True,
+      selected_densities=(0.03,),
+    ),
   )
   config.selectors = (dict(method="unisparse", top_p=0.9),)
+  # At 1M, lists of all 8,192 blocks would take 2 GiB.
+  config.attended = dict(method="unisparse", max_blocks=512)
+  config.torch_timeout_s = 165
   return config

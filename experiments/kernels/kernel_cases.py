@@ -23,11 +23,11 @@ from pallas_kernels.column_score_sampling import mosaic_gpu as sampling
 Q_LEN, KV_LEN, HEADS, KV_HEADS = 300, 333, 4, 2
 
 
-def _attention(head_dim, backward):
-  """Blocks as wide as the head; gradients, or out and lse."""
-  block = head_dim
+def attention(head_dim: int, backward: bool, dtype: Any = jnp.bfloat16):
+  """Blocks as wide as the head, 128 at most; gradients, or out and lse."""
+  block = min(head_dim, 128)
   rng = np.random.default_rng(0)
-  q, k, v = _draw(rng, head_dim)
+  q, k, v = _draw(rng, head_dim, dtype)
   rows, blocks = -(-Q_LEN // block), -(-KV_LEN // block)
   lists = np.tile(np.arange(blocks, dtype=np.int32), (1, KV_HEADS, rows, 1))
   lists = rng.permuted(lists, axis=-1)
@@ -59,10 +59,11 @@ def _attention(head_dim, backward):
   return (gradients if backward else attend), (q, k, v)
 
 
-def _columns():
+def column_attention(head_dim: int, dtype: Any = jnp.bfloat16):
+  """Every key is a column."""
   rng = np.random.default_rng(0)
-  block, head_dim = 128, 128
-  q, k, v = _draw(rng, head_dim)
+  block = 128
+  q, k, v = _draw(rng, head_dim, dtype)
   position = np.sort(rng.permutation(KV_LEN)).astype(np.int32)
   position = np.tile(position, (1, KV_HEADS, -(-Q_LEN // block), 1))
 
@@ -79,10 +80,10 @@ def _columns():
   return attend, (q, k, v)
 
 
-def _sampled():
+def sampled_scores(head_dim: int, dtype: Any = jnp.bfloat16):
+  """Rows in rising order, some without keys."""
   rng = np.random.default_rng(0)
-  head_dim = 128
-  q, k, _ = _draw(rng, head_dim)
+  q, k, _ = _draw(rng, head_dim, dtype)
   last = np.sort(rng.integers(-1, KV_LEN, (1, Q_LEN), np.int32), axis=-1)
 
   def sample(q, k):
@@ -97,9 +98,9 @@ def _sampled():
   return sample, (q, k)
 
 
-def _draw(rng, head_dim):
+def _draw(rng, head_dim, dtype):
   return tuple(
-    jnp.asarray(rng.standard_normal((1, length, heads, head_dim)), jnp.bfloat16)
+    jnp.asarray(rng.standard_normal((1, length, heads, head_dim)), dtype)
     for length, heads in (
       (Q_LEN, HEADS),
       (KV_LEN, KV_HEADS),
@@ -110,12 +111,12 @@ def _draw(rng, head_dim):
 
 # Name to a function that makes (a kernel's caller, its arrays).
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], Sequence[Any]]]] = {
-  "forward_128": functools.partial(_attention, 128, False),
-  "forward_64": functools.partial(_attention, 64, False),
-  "backward_128": functools.partial(_attention, 128, True),
-  "backward_64": functools.partial(_attention, 64, True),
-  "columns": _columns,
-  "sampled": _sampled,
+  "forward_128": functools.partial(attention, 128, False),
+  "forward_64": functools.partial(attention, 64, False),
+  "backward_128": functools.partial(attention, 128, True),
+  "backward_64": functools.partial(attention, 64, True),
+  "columns": functools.partial(column_attention, 128),
+  "sampled": functools.partial(sampled_scores, 128),
 }
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import io
 import types
 
@@ -42,6 +43,83 @@ def test_smoke_config_writes_records_and_figure(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", [default, million, quick, targets])
 def test_configs_parse(config):
   attention_speed_config.parse(config.get_config())
+
+
+def test_default_times_gradients_and_every_length():
+  config = attention_speed_config.parse(default.get_config())
+  assert {c.length for c in config.cases} == {
+    *(1 << n for n in range(12, 18)),
+    1 << 20,
+  }
+  gradients = {(c.length, c.head_dim): c for c in config.cases if c.backward}
+  for size in ((4096, 128), (32768, 128), (32768, 64), (131072, 128)):
+    case = gradients[size]
+    assert case.densities == (1.0, 0.5, 0.25, 0.1, 0.05)
+    assert set(case.peers) & set(attention_speed_config.DENSE)
+  (million,) = (c for c in config.cases if c.length == 1 << 20)
+  assert million.selection and million.selected_densities == (0.03,)
+  # Bytes of the lists: for each mask head and block of queries.
+  pattern = attention_speed_run._make(config.attended)
+  blocks = million.length // config.block
+  lists = 4 * config.num_mask_heads * blocks * pattern.max_blocks
+  assert lists <= 1 << 28
+
+
+@pytest.fixture
+def run_torch(monkeypatch, tmp_path):
+  """The records of the PyTorch peers, by a script in place of Python."""
+
+  def run(script, **settings):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(attention_speed.sys, "executable", str(program))
+    config = attention_speed_config.parse(smoke.get_config())
+    config = dataclasses.replace(config, **settings)
+    return [*attention_speed._measure_torch(config)]
+
+  return run
+
+
+TRACEBACK = """\
+Traceback (most recent call last):
+  File "/opt/venv/lib/python3/site-packages/torch/__init__.py", line 1
+    import fast
+ImportError: /opt/venv/lib/libfast.so.1 has no table of 16 KiB/s
+"""
+
+
+def test_what_a_failed_process_said_last_is_recorded_and_shown(
+  run_torch, capfd
+):
+  first, last = run_torch(
+    f"""echo '{{"method": "torch_flash2"}}'\ncat >&2 <<'END'\n{TRACEBACK}END
+exit 3"""
+  )
+  assert first == {"method": "torch_flash2"}
+  assert last == {
+    "method": "torch",
+    "error": "exit status 3: ImportError: libfast.so.1 has no table of "
+    "16 KiB/s",
+  }
+  assert capfd.readouterr().err == TRACEBACK
+
+
+def test_words_of_a_failed_process_are_few(run_torch, capfd):
+  (record,) = run_torch("printf '%0400d!' 7 >&2; exit 1")
+  assert record["error"] == "exit status 1: " + 298 * "0" + "7!"
+  (record,) = run_torch("exit 1")
+  assert record["error"] == "exit status 1"
+  assert run_torch("echo /a/warning >&2") == []
+  assert capfd.readouterr().err.endswith("7!/a/warning\n")
+
+
+def test_a_stopped_process_says_so_too(run_torch, capfd):
+  (record,) = run_torch(
+    "echo compiling for too long >&2; exec sleep 60", torch_timeout_s=1
+  )
+  assert record["error"] == "stopped after 1 s: compiling for too long"
+  assert capfd.readouterr().err == "compiling for too long\n"
 
 
 def test_random_lists_have_the_density_and_the_diagonal_first():

@@ -27,7 +27,6 @@ from experiments.prefill import (
   long_context_run,
 )
 from pallas_kernels import device
-from tests.pallas_kernels.block_sparse_attention import mosaic_gpu_test
 from unisparse_jax import attention, data, models, records
 
 BLOCKS = dict(block_q=64, block_kv=64)
@@ -227,7 +226,6 @@ class LoweredForCuda(long_context_programs.Programs):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@mosaic_gpu_test.needs_pallas
 def test_study_programs_lower_for_cuda_with_one_kernel_for_all_layers(
   monkeypatch, tmp_path
 ):

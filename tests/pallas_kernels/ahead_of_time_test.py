@@ -4,6 +4,8 @@ On a machine with neither. A change of JAX's API breaks a test here, not a user.
 """
 
 import functools
+import platform
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +60,8 @@ def attention(module, dtype, head_dim, block=128):
   return fn, (q, k, k, *lists, array(1), array(1))
 
 
-def scores(module, window=16, over_queries="mean"):
-  count = LENGTH // window
+def scores(module, window=16, over_queries="mean", length=LENGTH):
+  count = length // window
   composites = array(1, count, 4, 128, dtype=jnp.float32)
   fn = functools.partial(
     module.composite_scores,
@@ -151,9 +153,10 @@ TPU = {
   "attention_bfloat16_64": attention(attention_tpu, jnp.bfloat16, 64, 64),
   "attention_float32_128": attention(attention_tpu, jnp.float32, 128),
   "attention_float16_256": attention(attention_tpu, jnp.float16, 256),
-  "scores": scores(scores_tpu),
-  "scores_coarse": scores(scores_tpu, window=32),
-  "scores_max": scores(scores_tpu, over_queries="max"),
+  # Long, so that one head's matrix of scores is far more than the temporaries.
+  "scores": scores(scores_tpu, length=8 * LENGTH),
+  "scores_coarse": scores(scores_tpu, window=32, length=8 * LENGTH),
+  "scores_max": scores(scores_tpu, over_queries="max", length=8 * LENGTH),
   "columns_bfloat16": columns(columns_tpu, jnp.bfloat16),
   "columns_float32": columns(columns_tpu, jnp.float32),
   "pooling_bfloat16": pooling(pooling_tpu, jnp.bfloat16, 128),
@@ -244,6 +247,15 @@ def test_triton_names_what_it_cannot_serve(changes, message):
     jax.eval_shape(fn, *shapes)
 
 
+@pytest.mark.skipif(
+  sys.platform != "linux" or platform.machine() != "x86_64",
+  reason="libtpu has no build for this machine",
+)
+def test_libtpu_is_there_where_the_dev_extra_installs_it():
+  # Without it no TPU kernel is compiled, and the tests below only skip.
+  assert ahead_of_time.has_libtpu(), needs_libtpu.kwargs["reason"]
+
+
 @pytest.mark.optimised
 @needs_libtpu
 @pytest.mark.parametrize(
@@ -265,7 +277,28 @@ def test_tpu_kernel_compiles(tpu, name):
   assert memory.argument_size_in_bytes >= inputs
   # Layout changes of inputs and results, never a matrix of all scores.
   assert memory.temp_size_in_bytes < 4 * inputs
+  if not name.startswith("pooling"):
+    assert memory.temp_size_in_bytes < bytes_of_a_matrix(shapes) // 2
   assert compiled.cost_analysis()["flops"] > 0
+
+
+def bytes_of_a_matrix(shapes):
+  """float32 scores of one head: every row of the first array by the second."""
+  return 4 * shapes[0].shape[1] * shapes[1].shape[1]
+
+
+@pytest.mark.optimised
+@needs_libtpu
+def test_a_stored_matrix_of_scores_is_seen_in_a_tpu_program():
+  # Of 4,096 tokens it would stay on the chip.
+  reference, shapes = scores(scores_reference, length=4 * LENGTH)
+
+  def fn(*args, compile_only):
+    del compile_only
+    return reference(*args)
+
+  memory = ahead_of_time.compile_for_tpu(fn, shapes, "v5e").memory_analysis()
+  assert memory.temp_size_in_bytes > bytes_of_a_matrix(shapes)
 
 
 @pytest.mark.optimised

@@ -15,6 +15,18 @@ from experiments.kernels import kernel_cases
 from pallas_kernels import mosaic_gpu_backend, tpu_backend, triton_backend
 
 _ARRAYS_OF_EACH_SIZE = 32
+# Beside those that the sanitizer watches: other widths and dtypes, with the
+# number of Mosaic GPU kernels in each.
+MORE_CASES = {
+  "forward_256": (kernel_cases.attention, (256, False), 1),
+  "forward_256_float16": (kernel_cases.attention, (256, False, "float16"), 1),
+  "forward_128_float16": (kernel_cases.attention, (128, False, "float16"), 1),
+  "backward_256": (kernel_cases.attention, (256, True), 1),  # and XLA's
+  "backward_64_float16": (kernel_cases.attention, (64, True, "float16"), 3),
+  "columns_256": (kernel_cases.column_attention, (256,), 1),
+  "columns_64_float16": (kernel_cases.column_attention, (64, "float16"), 1),
+  "sampled_64_float16": (kernel_cases.sampled_scores, (64, "float16"), 2),
+}
 
 
 def write_nothing(*refs):
@@ -73,6 +85,14 @@ def call_in_poisoned_memory(fn, *args):
   return jax.block_until_ready(compiled(*args))
 
 
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_further_cases_lower_for_cuda(name):
+  make, settings, kernels = MORE_CASES[name]
+  fn, arrays = make(*settings)
+  lowered = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@mosaic_gpu") == kernels
+
+
 @pytest.mark.gpu
 def test_memory_of_the_card_is_poisoned():
   _, plgpu = mosaic_gpu_backend.pallas()
@@ -84,8 +104,12 @@ def test_memory_of_the_card_is_poisoned():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", kernel_cases.CASES)
+@pytest.mark.parametrize("name", [*kernel_cases.CASES, *MORE_CASES])
 def test_every_element_is_written_on_the_card(name):
-  fn, args = kernel_cases.CASES[name]()
+  if name in MORE_CASES:
+    make, settings, _ = MORE_CASES[name]
+    fn, args = make(*settings)
+  else:
+    fn, args = kernel_cases.CASES[name]()
   for result in jax.tree.leaves(call_in_poisoned_memory(fn, *args)):
     assert not np.isnan(np.asarray(result, np.float32)).any()

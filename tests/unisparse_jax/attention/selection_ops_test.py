@@ -4,6 +4,7 @@ And the UniSparse pattern, which is that chain, too.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
 from tests import helpers
 from unisparse_jax.attention import block_mask, scoring
-from unisparse_jax.attention.patterns import unisparse
+from unisparse_jax.attention.patterns import unisparse, unisparse_threshold
 
 # settings of the pattern, lengths, positions
 CASES = {
@@ -212,3 +213,28 @@ def test_ops_choose_what_the_pattern_chooses(implementation, name):
   np.testing.assert_array_equal(
     np.asarray((selected - counts).sum(-1)), mask.num_dropped
   )
+
+
+def sorts(select):
+  """The lines of a lowered selection that name a sort's operands."""
+  q = jax.ShapeDtypeStruct((1, 4096, 4, 32), jnp.float32)
+  k = jax.ShapeDtypeStruct((1, 4096, 2, 32), jnp.float32)
+  text = jax.jit(select).lower(q, k).as_text()
+  return re.findall(r"stablehlo\.sort.*?\}\) : \((.*?)\) ->", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [dict(), dict(max_blocks=4, num_local_blocks=2), dict(top_k=8)],
+)
+def test_unisparse_selects_without_a_sort(settings):
+  pattern = unisparse.UniSparse(**settings)
+  assert not sorts(pattern.select)
+  # It would be seen.
+  assert sorts(functools.partial(by_sort, pattern))
+
+
+@pytest.mark.parametrize("over_queries", ["mean", "max"])
+def test_a_threshold_sorts_numbers_of_blocks_and_no_scores(over_queries):
+  pattern = unisparse_threshold.UniSparseThreshold(over_queries=over_queries)
+  assert sorts(pattern.select) == ["tensor<1x4x32x32xi32>"]
