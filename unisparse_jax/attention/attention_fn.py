@@ -74,7 +74,7 @@ class SparseAttention:
       0.25, selection included) took 0.53 of cuDNN's time, 0.37 at 8,192; with 8
       heads on an H200 UniSparse at 0.95 took 0.94 at 4,096. The shipped model
       (6 heads of 64) on an H200 has its first token sooner only above 8,192
-      keys: UniSparse at 0.95 0.93x of dense attention's speed there, 1.39x at
+      keys: UniSparse at 0.95 0.95x of dense attention's speed there, 1.35x at
       16,384 (results/frontier_default_h200.jsonl). Calls of fewer than 4,096
       keys were not timed on a card: `experiments.calibrate` does.
     implementation: back end of `sparse_attention`.
