@@ -1,9 +1,8 @@
 """The common suite on the Hopper kernels, through the dispatcher.
 
 Lowered on any machine, run on a card, at sizes that the back end takes: two
-tiles of rows for each multiprocessor. Not interpreted: under jit JAX's
-interpreter of Mosaic GPU kernels was seen to hang on two cores, in JAX 0.12 and
-once in 0.11.2, in the case of any order.
+tiles of rows for each multiprocessor. Not interpreted: under jit, on two cores,
+JAX 0.12's interpreter of Mosaic GPU kernels was seen to hang.
 """
 
 import functools
