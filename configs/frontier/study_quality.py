@@ -11,7 +11,7 @@ Run:     python -m experiments.frontier
            --workdir=out/study/quality
 Device:  one H100, some 400 s with what is compiled; next tokens of all lengths
          come before the first clock.
-Expect:  in 300 s of an H200, in two leases, all of it:
+Expect:  in 300 s of an H200, in two calls, all of it:
          results/frontier_quality_h200.jsonl. KL at 128K: one threshold of 2
          0.006 at density 0.27, UniSparse 0.9 0.005 at 0.48, MInference 0.041
          at 0.09; all blocks 0.00005. Densities that are not measured here are
