@@ -209,8 +209,9 @@ def _figure(rows):
   """TFLOP/s on the kept blocks against density, a panel a size."""
   timed = [row for row in rows if "tflops" in row and "layer" not in row]
   sizes = sorted({_size(row) for row in timed})
-  columns = min(max(len(sizes), 1), 4)
-  lines = -(-max(len(sizes), 1) // columns)
+  count = max(len(sizes), 1)
+  columns = min(count, 4)
+  lines = -(-count // columns)
   figure = matplotlib.figure.Figure(
     figsize=(4.2 * columns, 3.6 * lines), layout="constrained"
   )

@@ -5,8 +5,8 @@ Measures plain decoding and every method of the config: tokens per call of the
 target, verified nodes, times, tokens per second, where accepted tokens ranked,
 and whether the output is that of plain decoding. The methods of a domain are
 timed in turns, on the text that plain decoding writes, and compared within each
-turn. Writes WORKDIR/records.jsonl,
-a line a measurement, and WORKDIR/report.html.
+turn. Writes WORKDIR/records.jsonl, a line a measurement, and
+WORKDIR/report.html.
 
 The same command goes on where an earlier one stopped.
 """

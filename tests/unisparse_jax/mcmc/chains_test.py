@@ -496,7 +496,9 @@ def test_other_directions_and_thresholds_do_not_compile_again(x64):
       poisson.indicator(2, (1,), (threshold,), num_terms=2),
     )
 
-  def go(variates, given):
+  def go(variates, given, carry=None):
+    if carry is None:
+      carry = variates.init(start, functions=given[0] if given else None)
     return base.run_chains(
       jax.random.key(1),
       step,
@@ -504,7 +506,7 @@ def test_other_directions_and_thresholds_do_not_compile_again(x64):
       20,
       parameters=(gamma, a),
       collector=variates.collector,
-      carry=variates.init(start, functions=given[0] if given else None),
+      carry=carry,
       collector_parameters=(reference, *given),
       batch_size=10,
     ).carry.steps.mean
@@ -524,14 +526,4 @@ def test_other_directions_and_thresholds_do_not_compile_again(x64):
     with pytest.raises(ValueError, match=r"functions must differ in arrays"):
       go(variates, (wrong,))
   with pytest.raises(ValueError, match=r"carry must have shape.*=2"):
-    base.run_chains(
-      jax.random.key(1),
-      step,
-      state,
-      20,
-      parameters=(gamma, a),
-      collector=variates.collector,
-      carry=control_variates.poisson_terms(more).init(start),
-      collector_parameters=(reference,),
-      batch_size=10,
-    )
+    go(variates, (), control_variates.poisson_terms(more).init(start))
