@@ -20,6 +20,7 @@ def tree_attention(
   tree_k: Float[Array, "batch tree_len num_kv_heads head_dim"],
   tree_v: Float[Array, "batch tree_len num_kv_heads head_dim"],
   tree_mask: Bool[Array, "batch q_len tree_len"],
+  counts: Int[Array, " batch"] | None = None,
   *,
   scale: float | None = None,
   implementation: dispatch.Implementation = None,
@@ -39,20 +40,24 @@ def tree_attention(
     tree_v: as tree_k.
     tree_mask: bool [batch, q_len, tree_len], True where visible. A query needs
       a visible key, as its own.
+    counts: int32 [batch], new tokens of each row that count, 0 to q_len; needs
+      q_len == tree_len. They come first, and see none of the others. None: all.
     scale: softmax scale; default head_dim ** -0.5.
     implementation: "triton" (head_dim a power of two from 16 to 256; no
       gradient), "xla", "reference", a sequence to try in order, or None for
       what `dispatch.preferring` names, else the platform's default.
 
   Returns:
-    [batch, q_len, num_heads, head_dim], dtype of q.
+    [batch, q_len, num_heads, head_dim], dtype of q; zeros for tokens that do
+    not count.
 
   Raises:
     ValueError: shapes disagree.
     NotImplementedError: the named implementation cannot serve these inputs.
 
   Cost: 4 batch num_heads q_len (cache + tree_len) head_dim operations, where
-    "triton" counts the cache's valid slots and the others its capacity.
+    "triton" counts the cache's valid slots and the others its capacity; for
+    tiles of tokens that do not count it has none, where the others have all.
   """
   axes = ("batch", "q_len", "num_heads", "head_dim")
   checks.check_shape("q", q, axes, (None,) * 4)
@@ -69,6 +74,15 @@ def tree_attention(
   tree_len = tree_k.shape[1]
   axes = ("batch", "q_len", "tree_len")
   checks.check_shape("tree_mask", tree_mask, axes, (batch, q_len, tree_len))
+  if counts is not None:
+    checks.check_shape("counts", counts, ("batch",), (batch,))
+    checks.require(
+      q_len == tree_len,
+      "counts",
+      "come with a query for every new token",
+      tuple(counts.shape),
+      f"q_len == tree_len, not {q_len} and {tree_len}",
+    )
   checks.check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
   checks.check_scale(scale)
   if implementation is None:
@@ -83,5 +97,6 @@ def tree_attention(
     tree_k,
     tree_v,
     tree_mask,
+    counts,
     scale=head_dim**-0.5 if scale is None else scale,
   )

@@ -12,6 +12,7 @@ def tree_attention(
   tree_k,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_v,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_mask,  # bool [batch, q_len, tree_len]
+  counts=None,  # int32 [batch], or None
   *,
   scale,
 ):
@@ -38,4 +39,8 @@ def tree_attention(
   )
   p = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1)
   out = jnp.einsum("bhqk,bkhd->bqhd", p, joined(cache_v, tree_v), **exact)
+  if counts is not None:
+    query = jnp.arange(q_len, dtype=jnp.int32)
+    is_counted = query[None, :] < counts[:, None]
+    out = jnp.where(is_counted[:, :, None, None], out, 0.0)
   return out.astype(q.dtype)

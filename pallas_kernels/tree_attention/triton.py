@@ -24,6 +24,7 @@ from pallas_kernels.triton_backend import plgpu
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # finite: a row of masked logits must not make NaN
 _MAX_SHARERS = 32
+_RESIDENT = 3  # programs a multiprocessor: a walk waits more than it computes
 _MERGE_ROWS = 16
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +37,7 @@ def tree_attention(
   tree_k,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_v,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_mask,  # bool [batch, q_len, tree_len]
+  counts=None,  # int32 [batch], or None
   *,
   scale,
   tile=None,
@@ -102,17 +104,18 @@ def tree_attention(
     tree_k,
     tree_v,
     jnp.asarray(tree_mask).astype(jnp.int8).reshape(batch, q_len * tree_len),
+    counts,
   )
   if splits > 1:
     out = triton_backend.call(
-      _merge_kernel,
+      functools.partial(_merge_kernel, num_heads=num_heads),
       grid=(pl.cdiv(rows.shape[1], _MERGE_ROWS), batch),
       out_shape=(jax.ShapeDtypeStruct((1, *rows.shape), q.dtype),),
       num_warps=4,
       num_stages=1,
       interpret=interpret,
       name="tree_attention_merge",
-    )(*out)
+    )(*out, counts)
   return out[0].reshape(q.shape)
 
 
@@ -134,11 +137,11 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
     most_rows, num_stages = 64, 2
     tile_keys = 64 if head_dim <= 128 else 32
   tile_rows = min(most_rows, max(16, pl.next_power_of_2(num_rows)))
-  # As many programs as fill the card, but at least two tiles of keys for each:
+  # As many programs as the card holds, but at least two tiles of keys for each:
   # the merge costs a launch.
   num_programs = num_walks * pl.cdiv(num_rows, tile_rows)
   sharers = min(
-    device.num_multiprocessors() // num_programs,
+    _RESIDENT * device.num_multiprocessors() // num_programs,
     capacity // (2 * tile_keys),
     _MAX_SHARERS,
   )
@@ -155,6 +158,7 @@ def _kernel(
   tree_k_ref,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_v_ref,  # [batch, tree_len, num_kv_heads, head_dim]
   mask_ref,  # int8 [batch, q_len * tree_len]
+  counts_ref,  # int32 [batch], or None
   out_ref,  # [splits, batch, q_len * num_heads, head_dim]
   lse_ref=None,  # float32 [splits, batch, q_len * num_heads], base 2
   *,
@@ -179,8 +183,14 @@ def _kernel(
     return query * (num_kv_heads * group) + head * group + member
 
   row = tile * tile_rows + jnp.arange(tile_rows, dtype=jnp.int32)
+  end_row, end_tree, is_live = num_rows, tree_len, 1
+  if counts_ref is not None:
+    end_tree = jnp.minimum(counts_ref[b], tree_len)
+    end_row = end_tree * group
+    # 1 or 0; a tile of rows that do not count walks nothing.
+    is_live = (tile * tile_rows < end_row).astype(jnp.int32)
   # Past an end the last row, slot or token is read again, and does not count.
-  near_row = jnp.minimum(row, num_rows - 1)
+  near_row = jnp.minimum(row, jnp.maximum(end_row - 1, 0))
   q = q_ref[b, index_in_q(near_row), :]
 
   def attend(carry, k, v, visible):
@@ -209,10 +219,10 @@ def _kernel(
 
   def attend_tree(index, carry):
     key = index * tile_tree + jnp.arange(tile_tree, dtype=jnp.int32)
-    near = jnp.minimum(key, tree_len - 1)
+    near = jnp.minimum(key, end_tree - 1)
     query = lax.div(near_row, jnp.int32(group))
     seen = mask_ref[b, query[:, None] * tree_len + near[None, :]]
-    visible = (seen != 0) & (key < tree_len)[None, :]
+    visible = (seen != 0) & (key < end_tree)[None, :]
     k = tree_k_ref[b, near, head, :]
     v = tree_v_ref[b, near, head, :]
     return attend(carry, k, v, visible)
@@ -223,6 +233,7 @@ def _kernel(
     jnp.zeros((tile_rows,), jnp.float32),
   )
   num_walked = lax.div(cache_len + (tile_keys - 1), jnp.int32(tile_keys))
+  num_walked *= is_live
 
   sharers = max(1, splits - 1)
 
@@ -234,12 +245,18 @@ def _kernel(
     first_of(split), first_of(split + 1), attend_cache, carry
   )
   is_last = lax.div(split + 1, jnp.int32(splits))  # 1 or 0
-  num_trees = is_last * pl.cdiv(tree_len, tile_tree)
+  num_trees = is_last * is_live
+  num_trees *= lax.div(jnp.int32(end_tree + (tile_tree - 1)), tile_tree)
   acc, row_max, row_sum = lax.fori_loop(0, num_trees, attend_tree, carry)
 
   is_row = row < num_rows
   safe = jnp.where(row_sum == 0.0, 1.0, row_sum)
-  out = (acc / safe[:, None]).astype(out_ref.dtype)
+  out = acc / safe[:, None]
+  if splits > 1:
+    is_row = row < end_row  # what does not count is not merged
+  elif counts_ref is not None:
+    out = jnp.where((row < end_row)[:, None], out, 0.0)
+  out = out.astype(out_ref.dtype)
   at = index_in_q(row)
   _store_rows(out_ref, (split, b), at, out, is_row)
   if lse_ref is not None:
@@ -251,12 +268,18 @@ def _kernel(
 def _merge_kernel(
   parts_ref,  # float32 [splits, batch, q_len * num_heads, head_dim]
   lse_ref,  # float32 [splits, batch, q_len * num_heads], base 2
+  counts_ref,  # int32 [batch], or None
   out_ref,  # [1, batch, q_len * num_heads, head_dim]
+  *,
+  num_heads,
 ):
   tile, b = pl.program_id(0), pl.program_id(1)
   splits, _, num_rows, head_dim = parts_ref.shape
   row = tile * _MERGE_ROWS + jnp.arange(_MERGE_ROWS, dtype=jnp.int32)
-  near = jnp.minimum(row, num_rows - 1)
+  end_row = num_rows
+  if counts_ref is not None:
+    end_row = jnp.minimum(counts_ref[b] * num_heads, num_rows)
+  near = jnp.minimum(row, jnp.maximum(end_row - 1, 0))
   # Unrolled, so that all loads are under way together.
   lses = [lse_ref[split, b, near] for split in range(splits)]
   top = functools.reduce(jnp.maximum, lses)
@@ -266,7 +289,10 @@ def _merge_kernel(
     weight = jnp.exp2(lse - top)
     total += weight
     acc += weight[:, None] * parts_ref[split, b, near, :]
-  out = (acc / total[:, None]).astype(out_ref.dtype)
+  out = acc / total[:, None]
+  if counts_ref is not None:  # the parts past the count were never written
+    out = jnp.where((row < end_row)[:, None], out, 0.0)
+  out = out.astype(out_ref.dtype)
   _store_rows(out_ref, (0, b), row, out, row < num_rows)
 
 

@@ -14,6 +14,7 @@ def tree_attention(
   tree_k,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_v,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_mask,  # bool [batch, q_len, tree_len]
+  counts=None,  # int32 [batch], or None
   *,
   scale,
 ):
@@ -64,4 +65,9 @@ def tree_attention(
   out = (mix(cache_p, cache_v) + mix(tree_p, tree_v)).astype(q.dtype)
   out = out.reshape(batch, num_kv_heads, group, q_len, head_dim)
   out = jnp.transpose(out, (0, 3, 1, 2, 4))
-  return out.reshape(batch, q_len, num_heads, head_dim)
+  out = out.reshape(batch, q_len, num_heads, head_dim)
+  if counts is None:
+    return out
+  query = jnp.arange(q_len, dtype=jnp.int32)
+  is_counted = query[None, :] < counts[:, None]
+  return jnp.where(is_counted[:, :, None, None], out, jnp.zeros((), out.dtype))

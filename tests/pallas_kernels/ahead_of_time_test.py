@@ -112,13 +112,16 @@ def likelihood(**settings):
   return fn, tuple(array(*x, dtype=jnp.float32) for x in shapes)
 
 
-def tree_attention(dtype, q_len, tree_len, capacity=512, head_dim=64):
-  cache = array(2, 2, capacity, head_dim, dtype=dtype)
-  tree = array(2, tree_len, 2, head_dim, dtype=dtype)
-  q = array(2, q_len, 6, head_dim, dtype=dtype)
-  mask = array(2, q_len, tree_len, dtype=jnp.bool_)
+def tree_attention(
+  dtype, q_len, tree_len, capacity=512, head_dim=64, batch=2, counted=False
+):
+  cache = array(batch, 2, capacity, head_dim, dtype=dtype)
+  tree = array(batch, tree_len, 2, head_dim, dtype=dtype)
+  q = array(batch, q_len, 6, head_dim, dtype=dtype)
+  mask = array(batch, q_len, tree_len, dtype=jnp.bool_)
   fn = functools.partial(tree_triton.tree_attention, scale=0.125)
-  return fn, (q, cache, cache, array(2), tree, tree, mask)
+  counts = (array(batch),) if counted else ()
+  return fn, (q, cache, cache, array(batch), tree, tree, mask, *counts)
 
 
 def top_log_probs(vocab_size, width):
@@ -141,12 +144,25 @@ TRITON = {
   "step_short_cache": tree_attention(jnp.bfloat16, 1, 1, capacity=128),
   "tree_float16": tree_attention(jnp.float16, 64, 64, head_dim=128),
   "tree_float32": tree_attention(jnp.float32, 8, 80),
+  "tree_counted": tree_attention(jnp.bfloat16, 64, 64, 1408, counted=True),
+  "tree_counted_float32": tree_attention(jnp.float32, 8, 8, counted=True),
+  "tree_counted_full_card": tree_attention(
+    jnp.bfloat16, 64, 64, batch=512, counted=True
+  ),
   "top": top_log_probs(4096, 8),
   "top_ragged": top_log_probs(1000, 3),
 }
 # With the number of Triton kernels in each.
 KERNELS = dict.fromkeys(
-  ("columns", "step_bfloat16", "tree_float16", "tree_float32"), 2
+  (
+    "columns",
+    "step_bfloat16",
+    "tree_float16",
+    "tree_float32",
+    "tree_counted",
+    "tree_counted_float32",
+  ),
+  2,
 )
 TPU = {
   "attention_bfloat16_128": attention(attention_tpu, jnp.bfloat16, 128),

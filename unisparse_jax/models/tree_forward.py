@@ -173,6 +173,7 @@ def tree_forward(
   *,
   taps: Sequence[int] = (),
   packing: Packing | None = None,
+  counts: Int[Array, " batch"] | None = None,
   scratch: Scratch | None = None,
   slot: int | Int[Array, ""] = 0,
 ) -> TreeOutput:
@@ -188,12 +189,16 @@ def tree_forward(
     taps: layers whose input is returned as well.
     packing: compute only some tokens. Projections and MLPs then run on the flat
       row; attention, which reads another cache for every row, does not.
+    counts: int32 [batch], as of `attention.tree_attention`: the tokens of each
+      row that matter, a prefix; a packing must keep no others. Not with a
+      scratch.
     scratch: where the new keys and values go before attention. Not with a
       packing.
     slot: first slot of the new tokens there.
 
   Returns:
-    See `TreeOutput`. Values of tokens that a packing left out are zeros.
+    See `TreeOutput`. Values of tokens that a packing left out are zeros; of
+    others that do not count, finite and nothing more.
   """
   axes = ("batch", "n")
   checks.check_shape("tokens", tokens, axes, (None, None))
@@ -212,7 +217,7 @@ def tree_forward(
   least = _LEAST_ROWS.get(jax.default_backend(), 1)
   if packing is None and scratch is None and batch * n < least:
     return _padded(
-      model, tokens, positions, mask, cache, taps, -(-least // batch)
+      model, tokens, positions, mask, cache, taps, counts, -(-least // batch)
     )
   pack = (lambda x: x) if packing is None else packing.pack
   unpack = (lambda x: x) if packing is None else packing.unpack
@@ -231,7 +236,7 @@ def tree_forward(
       keys.append(k)
       values.append(v)
       out = attention.tree_attention(
-        q, cache.k[layer], cache.v[layer], cache.lengths, k, v, mask
+        q, cache.k[layer], cache.v[layer], cache.lengths, k, v, mask, counts
       )
       return pack(out)
 
@@ -250,7 +255,7 @@ def tree_forward(
   return lax.optimization_barrier(out)
 
 
-def _padded(model, tokens, positions, mask, cache, taps, size):
+def _padded(model, tokens, positions, mask, cache, taps, counts, size):
   """`tree_forward` with the last token repeated; nothing sees the copies."""
   n = tokens.shape[1]
   more = ((0, 0), (0, size - n))
@@ -263,5 +268,6 @@ def _padded(model, tokens, positions, mask, cache, taps, size):
     ),
     cache,
     taps=taps,
+    counts=counts,
   )
   return jax.tree.map(lambda x: x[:, :n], out)

@@ -132,6 +132,8 @@ def _verify_size(
     cache,
     taps=taps,
     packing=packing,
+    # Sorted by score: what is valid is a prefix, and so are its ancestors.
+    counts=jnp.sum(draft.valid, axis=-1, dtype=jnp.int32),
   )
   logits = target.logits(out.hidden)
   if probabilities is None:

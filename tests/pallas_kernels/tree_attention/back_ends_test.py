@@ -33,6 +33,10 @@ SIZES = {
   "step_128": Sizes((77,), 1, 1, 4, 1, head_dim=128),
   "tree": Sizes((0, 64), 64, 64, 6, 2),  # 192 rows: several tiles of them
   "scratch": Sizes((5, 70), 8, 40, 4, 4, head_dim=32, scale=0.3),
+  # 48 rows, and tiles of 16 or 64: a count ends inside a tile or between two.
+  "one_row": Sizes((50,), 16, 16, 6, 2, head_dim=16),
+  "rows": Sizes((0, 50, 80, 33), 16, 16, 6, 2, head_dim=16),
+  "many_nodes": Sizes((0, 50, 80, 33), 40, 40, 4, 4, head_dim=16),
 }
 
 
@@ -140,6 +144,70 @@ def test_more_programs_than_tiles_of_keys(
   assert error <= TOLERANCE[dtype], error
 
 
+COUNTED = (*helpers.TRITON_BACK_ENDS, "interpreted_splits")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", COUNTED)
+@pytest.mark.parametrize("name", ["one_row", "rows"])
+def test_every_count_of_tokens(implementation, name, dtype):
+  case = make_case(SIZES[name], dtype)
+  whole = in_float64(case)
+  batch, n = whole.shape[:2]
+  for count in range(n + 1):
+    # Rows of other counts, which come to every one; the first is never left.
+    counts = (count + 5 * np.arange(batch)) % (n + 1)
+    left_out = np.arange(n) >= counts[:, None]
+    out = attend(
+      **case,
+      counts=jnp.asarray(counts, jnp.int32),
+      implementation=implementation,
+    )
+    assert out.dtype == dtype
+    assert (np.asarray(out)[left_out] == 0).all()
+    if count:
+      expected = np.where(left_out[..., None, None], 0.0, whole)
+      error = helpers.relative_error(out, expected)
+      assert error <= TOLERANCE[dtype], (count, error)
+
+
+@pytest.mark.parametrize("implementation", COUNTED)
+def test_counts_end_in_any_tile_of_nodes(implementation):
+  case = make_case(SIZES["many_nodes"])
+  whole = in_float64(case)
+  for counts in ((40, 1, 17, 32), (0, 33, 40, 16)):
+    left_out = np.arange(40) >= np.asarray(counts)[:, None]
+    out = attend(
+      **case,
+      counts=jnp.asarray(counts, jnp.int32),
+      implementation=implementation,
+    )
+    expected = np.where(left_out[..., None, None], 0.0, whole)
+    error = helpers.relative_error(out, expected)
+    assert error <= TOLERANCE["float32"], (counts, error)
+
+
+@pytest.mark.parametrize("implementation", COUNTED)
+def test_one_token_more_is_seen(implementation):
+  case = make_case(SIZES["rows"])
+  counts = jnp.asarray((7, 16, 0, 3), jnp.int32)
+  out = attend(**case, counts=counts, implementation=implementation)
+  more = attend(**case, counts=counts + 1, implementation=implementation)
+  assert helpers.relative_error(more, np.asarray(out)) > 0.05
+
+
+@pytest.mark.parametrize("implementation", COUNTED[2:])
+def test_tokens_past_the_count_are_not_read(implementation):
+  case = make_case(SIZES["rows"])
+  counts = np.asarray((7, 16, 0, 3), np.int32)
+  expected = attend(**case, counts=counts, implementation=implementation)
+  junk = np.arange(16) >= counts[:, None]
+  for name in ("q", "tree_k", "tree_v"):
+    case[name] = jnp.where(junk[..., None, None], np.float32("nan"), case[name])
+  out = attend(**case, counts=counts, implementation=implementation)
+  np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize("implementation", helpers.TRITON_BACK_ENDS)
 def test_one_slot_more_is_seen(implementation):
   case = make_case(SIZES["step"], "bfloat16")
@@ -183,8 +251,9 @@ def test_a_cache_of_another_dtype_is_read():
   [
     (128, 2, 3, 1),  # nothing to share
     (512, 2, 3, 5),
-    (512, 128, 3, 1),  # the batch fills the card
-    (131_072, 2, 192, 23),
+    (512, 512, 3, 1),  # the batch fills the card
+    (1408, 32, 320, 3),  # 160 programs without sharers
+    (131_072, 4, 192, 33),
     (131_072, 1, 1, 33),
   ],
 )
@@ -210,6 +279,7 @@ def test_programs_share_a_long_cache(capacity, num_walks, num_rows, splits):
     (dict(cache_len=jnp.zeros((2,), jnp.int32)), r"^cache_len must have shape"),
     (dict(tree_k=jnp.zeros((3, 1, 1, 64))), r"^tree_k must have shape"),
     (dict(tree_mask=jnp.ones((3, 1, 2), bool)), r"^tree_mask must have shape"),
+    (dict(counts=jnp.zeros((2,), jnp.int32)), r"^counts must have shape"),
     (dict(scale=-1.0), r"^scale must be None or a finite number"),
     (dict(implementation="cudnn"), r"^implementation must be a known name"),
   ],
@@ -218,6 +288,13 @@ def test_bad_arguments_are_named(change, message):
   case = make_case(SIZES["step"])
   with pytest.raises(ValueError, match=message):
     api.tree_attention(**case | change)
+
+
+def test_counts_need_a_query_for_every_new_token():
+  case = make_case(SIZES["scratch"])
+  counts = jnp.asarray([8, 8], jnp.int32)
+  with pytest.raises(ValueError, match=r"^counts must come with a query"):
+    api.tree_attention(**case, counts=counts)
 
 
 def test_triton_names_what_it_cannot_serve():

@@ -58,16 +58,17 @@ def test_greedy_tokens_are_those_of_xla(calls):
   ):
     plain = models.generate(target, prompts, lengths=lengths, max_new_tokens=10)
     assert calls == dict(tree_attention=2, top_log_probs=0)  # one a layer
-    drafted = speculative.generate(
-      target,
-      drafter,
-      prompts,
-      lengths=lengths,
-      max_new_tokens=10,
-      shape=speculative.TreeShape(
-        width=3, base_depth=2, max_depth=2, buckets=(7,)
-      ),
-    )
+    np.testing.assert_array_equal(plain, expected)
+    for packed in (), (5, 9):  # of the 7 nodes of each row, or of both
+      drafted = speculative.generate(
+        target,
+        drafter,
+        prompts,
+        lengths=lengths,
+        max_new_tokens=10,
+        shape=speculative.TreeShape(
+          width=3, base_depth=2, max_depth=2, buckets=(7,), packed=packed
+        ),
+      )
+      np.testing.assert_array_equal(drafted.tokens, expected)
   assert min(calls.values()) > 0
-  np.testing.assert_array_equal(plain, expected)
-  np.testing.assert_array_equal(drafted.tokens, expected)
