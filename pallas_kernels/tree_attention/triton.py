@@ -251,12 +251,11 @@ def _kernel(
 
   is_row = row < num_rows
   safe = jnp.where(row_sum == 0.0, 1.0, row_sum)
-  out = acc / safe[:, None]
   if splits > 1:
     is_row = row < end_row  # what does not count is not merged
   elif counts_ref is not None:
-    out = jnp.where((row < end_row)[:, None], out, 0.0)
-  out = out.astype(out_ref.dtype)
+    safe = jnp.where(row < end_row, safe, jnp.inf)
+  out = (acc / safe[:, None]).astype(out_ref.dtype)
   at = index_in_q(row)
   _store_rows(out_ref, (split, b), at, out, is_row)
   if lse_ref is not None:
