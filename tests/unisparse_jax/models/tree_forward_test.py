@@ -110,11 +110,14 @@ def test_counts_leave_the_counted_nodes_as_they_are(model, setup, is_packed):
   _, tokens, positions, mask, cache = setup
   counts = np.asarray([8, 0, 3], np.int32)
   kept = np.arange(len(PARENTS))[None, :] < counts[:, None]
-  packing = models.Packing.of(jnp.asarray(kept), 14) if is_packed else None
+  packing, unpack = None, lambda x: x
+  if is_packed:
+    packing = models.Packing.of(jnp.asarray(kept), 14)
+    unpack = packing.unpack
   whole = forward(model, tokens, positions, mask, cache, taps=(1,))
   args = (model, tokens, positions, mask, cache)
   out = forward(*args, taps=(1,), packing=packing, counts=counts)
-  hidden = packing.unpack(out.hidden) if is_packed else out.hidden
+  hidden = unpack(out.hidden)
   for ours, theirs in (
     (hidden, whole.hidden),
     (out.taps, whole.taps),
@@ -124,8 +127,7 @@ def test_counts_leave_the_counted_nodes_as_they_are(model, setup, is_packed):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
   # Counts reach attention: one less is something else.
   fewer = forward(*args, taps=(1,), packing=packing, counts=counts - 1)
-  fewer = packing.unpack(fewer.hidden) if is_packed else fewer.hidden
-  assert np.abs(fewer[0, 7] - hidden[0, 7]).max() > 1e-3
+  assert np.abs(unpack(fewer.hidden)[0, 7] - hidden[0, 7]).max() > 1e-3
 
 
 def test_a_lower_triangle_is_a_prefill(model, setup):
