@@ -35,6 +35,7 @@ _FIRST_ROW = (
 )
 _LARGE_ERROR = 5e-3  # likewise: of an output element
 _CODE = "code"
+_TIMED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class CalibrateConfig:
     test_text: where the result is checked, on other text than `texts`.
     dense_lengths: lengths at which dense attention is timed beside sparse, in
       rising order; none: `dense_below` is 0.
+    timed_dtype: of q, k, v in those timings; kernels of a GPU want bfloat16.
     seed: of the texts.
   """
 
@@ -79,6 +81,7 @@ class CalibrateConfig:
   compare_rules: bool = False
   candidates: tuple = minference.CANDIDATES
   dense_lengths: tuple[int, ...] = ()
+  timed_dtype: str = "float32"
   seed: int = 0
 
   def __post_init__(self):
@@ -122,6 +125,7 @@ class CalibrateConfig:
       "rise and not exceed length",
       self.dense_lengths,
     )
+    checks.check_choice("timed_dtype", self.timed_dtype, _TIMED_DTYPES)
     pattern = self.make_pattern()
     for block in (pattern.block_q, pattern.block_kv):
       checks.check_divides("block", block, "length", self.length)
@@ -336,7 +340,7 @@ def measure_dense_below(config: CalibrateConfig, call, settings):
   sparse = attention.SparseAttention(pattern=config.make_pattern(**settings))
   limit, times = 0, {}
   for length in config.dense_lengths:
-    inputs = [x[:, :length] for x in call]
+    inputs = [x[:, :length].astype(config.timed_dtype) for x in call]
     dense_ms, sparse_ms = (
       evaluation.time_attention(fn, *inputs, repeats=3).total_ms
       for fn in (attention.DenseAttention(), sparse)

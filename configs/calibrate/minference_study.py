@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MInference's per-head search on the study model, and where dense is faster.
+
+The candidates are those of the released search, at about its length.
+
+Run:     python -m experiments.calibrate
+           --config=configs/calibrate/minference_study.py:out/study
+           --workdir=out/study/minference
+Device:  one H100 or H200, a minute or two.
+"""
+
+from configs.calibrate import minference
+from unisparse_jax.attention.patterns import minference as pattern
+
+
+def get_config(root: str = "out/study"):
+  config = minference.get_config()
+  config.model = f"{root}/train/model"
+  config.candidates = pattern.CANDIDATES
+  config.length = 32_768
+  config.dense_lengths = (4096, 8192, 16_384, 32_768)
+  config.timed_dtype = "bfloat16"
+  return config
