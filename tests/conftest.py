@@ -18,6 +18,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _MOST_MAPPINGS = 30_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _files_seen = set()
+# JAX says of its Triton back end that it will go. On a card the selection of
+# blocks and steps of decoding run through it by default, tests of an op or not.
+_TRITON_GOES = pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend:DeprecationWarning"
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,6 +63,7 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("gpu"):
       item.add_marker("optimised")
+      item.add_marker(_TRITON_GOES)
       if not has_gpu:
         item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 

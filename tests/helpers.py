@@ -9,15 +9,7 @@ TRITON_BACK_ENDS = (
   "reference",
   "xla",
   "interpreted",
-  pytest.param(
-    "triton",
-    marks=[
-      pytest.mark.gpu,
-      pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend:DeprecationWarning"
-      ),
-    ],
-  ),
+  pytest.param("triton", marks=pytest.mark.gpu),
 )
 
 

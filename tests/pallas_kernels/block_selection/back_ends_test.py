@@ -27,9 +27,6 @@ class TestTritonInterpreted(suite.BriefSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
 
 
-@pytest.mark.filterwarnings(
-  "ignore:The Pallas Triton backend:DeprecationWarning"
-)
 @pytest.mark.gpu
 class TestTriton(suite.BlockSelectionSuite):
   implementation = "triton"

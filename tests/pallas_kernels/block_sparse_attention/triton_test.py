@@ -19,9 +19,6 @@ class TestTritonInterpreted(suite.InterpretedSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "triton", interpreted)
 
 
-@pytest.mark.filterwarnings(
-  "ignore:The Pallas Triton backend:DeprecationWarning"
-)
 @pytest.mark.gpu
 class TestTriton(suite.JittedSuite):
   implementation = "triton"

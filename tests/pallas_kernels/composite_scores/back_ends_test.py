@@ -35,9 +35,6 @@ class TestMosaicTpuInterpreted(suite.BriefSuite):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_tpu", interpreted)
 
 
-@pytest.mark.filterwarnings(
-  "ignore:The Pallas Triton backend:DeprecationWarning"
-)
 @pytest.mark.gpu
 class TestTriton(suite.CompositeScoresSuite):
   implementation = "triton"

@@ -39,7 +39,7 @@ def check(layer, length, dtype, implementation, block, tolerances):
   mask = jax.jit(pattern.select)(q, k)
   blocks = -(-length // block)
   density = float(mask.num_kv_blocks.mean()) / ((blocks + 1) / 2)
-  assert 0.1 < density < 0.95  # neither trivial nor everything
+  assert 0.05 < density < 0.95  # neither trivial nor everything
   arrays = (q, k, v, mask.kv_block_indices, mask.num_kv_blocks)
   settings = dict(
     block_q=block,
