@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MInference with the heads that its search chose, on study_more's prompts.
+"""MInference with the heads that its search chose, on more prompts.
 
 Run, after configs/calibrate/minference_study.py:
          python -m experiments.frontier
