@@ -15,7 +15,7 @@ Expect:  without a calibration, whose sweep is then left out, in 620 s of an
 
 import ml_collections
 
-_TASKS = ("answers", "layers", "attention_time", "prefill")
+TASKS = ("answers", "layers", "attention_time", "prefill")
 _OURS = dict(  # as configs/calibrate_answers/study.py
   over_queries="max",
   head_group=None,
@@ -29,7 +29,7 @@ _SHARES = (0.8, 0.9, 0.95, 0.98, 0.995, 0.999)
 
 
 def _sweep(label, method, budget, values, **settings):
-  values = dict(budget=budget, values=tuple(values), measure=_TASKS)
+  values = dict(budget=budget, values=tuple(values), measure=TASKS)
   return dict(label=label, method=method, **values, **settings)
 
 

@@ -8,10 +8,11 @@ that the searches of study.py never asked for.
 Run:     python -m experiments.frontier
            --config=configs/frontier/study_more_prompts.py:out/study
            --workdir=out/study/more_prompts
+         A length apart, with the same workdir: --config.lengths="(131072,)"
 Device:  one H100 or H200, ten minutes or so (not run in this form); answers of
          all lengths come before the first clock, 128K first.
-Expect:  at 128K, in 200 s of an H200 with fewer patterns: MInference 100% of
-         dense, one threshold of 2 102%, UniSparse at 0.85 99.3%, at 0.8 98%;
+Expect:  at 128K one threshold of 2 102% of dense, SampleAttention v1 100.2%,
+         UniSparse at 0.85 99.3%, MInference 98.7% (100% on another card);
          results/frontier_more_prompts_h200.jsonl.
 """
 

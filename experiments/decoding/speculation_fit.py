@@ -78,10 +78,11 @@ def fit(
   tables, comparison = [rule], []
   rates, step_ms = {}, {}
   for cost in costs:
-    joint = calibration.by_bin(arms, bins, cost, num_bins=calibration.NUM_BINS)
-    single = calibration.fixed(arms, cost)
+    own = arms.within(cost)
+    joint = calibration.by_bin(own, bins, cost, num_bins=calibration.NUM_BINS)
+    single = calibration.fixed(own, cost)
     thrifty = calibration.fewest_nodes(
-      sized["train"],
+      sized["train"].within(cost),
       bins,
       cost,
       num_bins=calibration.NUM_BINS,
@@ -102,26 +103,27 @@ def fit(
           drafts=bool(choice.rate * cost.plain_ms > 1.0),
         )
       )
-    times = arms.times(cost)
-    rate = learned.rate(train, arms, times)
+    times = own.times(cost)
+    of_batch = learned.within(arms, cost)
+    rate = of_batch.rate(train, own, times)
     rates[str(cost.batch)] = rate
-    picked = learned.choose(train, times, rate)
+    picked = of_batch.choose(train, times, rate)
     step_ms[str(cost.batch)] = float(times[picked].mean())
     comparison.append(
-      _of_table("thrifty", sized["test"], cost, test_bins, thrifty)
+      _of_table("thrifty", sized["test"].within(cost), cost, test_bins, thrifty)
     )
     comparison += _compare(
       config,
       cost,
       test,
-      test_arms,
+      test_arms.within(cost),
       test_bins,
       rule,
       joint,
       single,
-      learned,
-      by_draft,
-      arms,
+      of_batch,
+      by_draft.within(arms, cost),
+      own,
       train,
       bins,
     )
@@ -193,7 +195,7 @@ def _compare(
     depths=sorted({*rule.depth, config.fixed_depth}),
     nodes=sorted({*rule.nodes, config.fixed_nodes}),
     base_depth=arms.base_depth,
-  )
+  ).within(cost)
   extra_index = {arm: i for i, arm in enumerate(extra.arms)}
 
   def table_of(depth, nodes, where):

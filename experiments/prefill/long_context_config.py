@@ -250,8 +250,9 @@ def model_folder(name: str) -> pathlib.Path:
   )
 
 
-# How a run is made, not what: two calls on one workdir may differ here.
-FREE = ("compile_threads", "max_seconds")
+# How a run is made, not what: two calls on one workdir may differ here. Of a
+# length nothing depends on the others, so they may be taken one by one.
+FREE = ("compile_threads", "max_seconds", "lengths")
 
 
 def identity(config: LongContextConfig, folder: pathlib.Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def tree_attention(
   tree_v,  # [batch, tree_len, num_kv_heads, head_dim]
   tree_mask,  # bool [batch, q_len, tree_len]
   counts=None,  # int32 [batch], or None
+  starts=None,  # int32 [batch] in a flat row, or None
   *,
   scale,
   tile=None,
@@ -54,9 +55,9 @@ def tree_attention(
     query of one head. Default: `default_tile`.
   """
   triton_backend.target(capability, interpret)
-  batch, q_len, num_heads, head_dim = q.shape
+  num_heads, head_dim = q.shape[2:]
   num_kv_heads, capacity = cache_k.shape[1:3]
-  tree_len = tree_k.shape[1]
+  batch, q_len, tree_len = tree_mask.shape
   if not (16 <= head_dim <= 256 and triton_backend.is_power_of_two(head_dim)):
     raise NotImplementedError(
       "triton needs head_dim to be a power of two from 16 to 256; got "
@@ -76,8 +77,9 @@ def tree_attention(
     itemsize=q.dtype.itemsize,
   )
   num_tiles = pl.cdiv(q_len * group, tile_rows)
-  # [batch, q_len * num_heads, head_dim]: the same bytes, one axis of rows.
-  rows = q.reshape(batch, q_len * num_heads, head_dim)
+  # [batch or 1, q_len or packed times num_heads, head_dim]:
+  # the same bytes, one axis of rows.
+  rows = q.reshape(q.shape[0], q.shape[1] * num_heads, head_dim)
   shape = jax.ShapeDtypeStruct((splits, *rows.shape), jnp.float32)
   lse_shape = jax.ShapeDtypeStruct(shape.shape[:3], jnp.float32)
   if splits == 1:
@@ -85,6 +87,8 @@ def tree_attention(
   out = triton_backend.call(
     functools.partial(
       _kernel,
+      q_len=q_len,
+      tree_len=tree_len,
       group=group,
       tile_rows=tile_rows,
       tile_keys=tile_keys,
@@ -108,17 +112,18 @@ def tree_attention(
     tree_v,
     jnp.asarray(tree_mask).astype(jnp.int8).reshape(batch, q_len * tree_len),
     counts,
+    starts,
   )
   if splits > 1:
     out = triton_backend.call(
       functools.partial(_merge_kernel, num_heads=num_heads),
-      grid=(pl.cdiv(rows.shape[1], _MERGE_ROWS), batch),
+      grid=(pl.cdiv(rows.shape[1], _MERGE_ROWS), rows.shape[0]),
       out_shape=(jax.ShapeDtypeStruct((1, *rows.shape), q.dtype),),
       num_warps=4,
       num_stages=1,
       interpret=interpret,
       name="tree_attention_merge",
-    )(*out, counts)
+    )(*out, counts, starts)
   return out[0].reshape(q.shape)
 
 
@@ -137,7 +142,8 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
     most_rows, num_stages = 16, 1
     tile_keys = 32 if head_dim <= 64 else 16
   else:
-    most_rows, num_stages = 64, 2
+    # Three stages of 128 channels would not fit the 99 KB of 8.6 and 8.9.
+    most_rows, num_stages = 64, 3 if head_dim <= 64 else 2
     tile_keys = 64 if head_dim <= 128 else 32
   tile_rows = min(most_rows, max(16, pl.next_power_of_2(num_rows)))
   # As many programs as the card holds, but at least two tiles of keys for each:
@@ -154,17 +160,20 @@ def default_tile(*, num_rows, num_walks, capacity, head_dim, itemsize):
 
 
 def _kernel(
-  q_ref,  # [batch, q_len * num_heads, head_dim]
+  q_ref,  # [batch, q_len * num_heads, head_dim], or flat
   cache_k_ref,  # [batch, num_kv_heads, capacity, head_dim]
   cache_v_ref,  # [batch, num_kv_heads, capacity, head_dim]
   cache_len_ref,  # int32 [batch]
-  tree_k_ref,  # [batch, tree_len, num_kv_heads, head_dim]
-  tree_v_ref,  # [batch, tree_len, num_kv_heads, head_dim]
+  tree_k_ref,  # [batch, tree_len, num_kv_heads, head_dim], or flat
+  tree_v_ref,  # as tree_k_ref
   mask_ref,  # int8 [batch, q_len * tree_len]
   counts_ref,  # int32 [batch], or None
-  out_ref,  # [splits, batch, q_len * num_heads, head_dim]
-  lse_ref=None,  # float32 [splits, batch, q_len * num_heads], base 2
+  starts_ref,  # int32 [batch], or None
+  out_ref,  # [splits, ...] as q_ref
+  lse_ref=None,  # float32, as out_ref without its channels; base 2
   *,
+  q_len,
+  tree_len,
   group,
   tile_rows,
   tile_keys,
@@ -177,13 +186,15 @@ def _kernel(
   tile = lax.rem(program, jnp.int32(num_tiles))
   split = lax.div(program, jnp.int32(num_tiles))
   num_kv_heads, capacity, head_dim = cache_k_ref.shape[1:]
-  tree_len = tree_k_ref.shape[1]
-  num_rows = mask_ref.shape[1] // tree_len * group
+  num_rows = q_len * group
+  num_heads = num_kv_heads * group
+  # Where this row's tokens lie: a row of the arrays, and its first token.
+  place, first = (b, 0) if starts_ref is None else (0, starts_ref[b])
   dot = functools.partial(triton_backend.dot, exact=True)
 
   def index_in_q(row):
     query, member = lax.div(row, jnp.int32(group)), lax.rem(row, group)
-    return query * (num_kv_heads * group) + head * group + member
+    return (first + query) * num_heads + head * group + member
 
   row = tile * tile_rows + jnp.arange(tile_rows, dtype=jnp.int32)
   end_row, end_tree, is_live = num_rows, tree_len, 1
@@ -194,7 +205,10 @@ def _kernel(
     is_live = (tile * tile_rows < end_row).astype(jnp.int32)
   # Past an end the last row, slot or token is read again, and does not count.
   near_row = jnp.minimum(row, jnp.maximum(end_row - 1, 0))
-  q = q_ref[b, index_in_q(near_row), :]
+  near_q = index_in_q(near_row)
+  if starts_ref is not None:  # a row of no tokens may start at the very end
+    near_q = jnp.minimum(near_q, q_ref.shape[1] - 1)
+  q = q_ref[place, near_q, :]
 
   def attend(carry, k, v, visible):
     acc, row_max, row_sum = carry
@@ -226,8 +240,8 @@ def _kernel(
     query = lax.div(near_row, jnp.int32(group))
     seen = mask_ref[b, query[:, None] * tree_len + near[None, :]]
     visible = (seen != 0) & (key < end_tree)[None, :]
-    k = tree_k_ref[b, near, head, :]
-    v = tree_v_ref[b, near, head, :]
+    k = tree_k_ref[place, first + near, head, :]
+    v = tree_v_ref[place, first + near, head, :]
     return attend(carry, k, v, visible)
 
   carry = (
@@ -254,24 +268,40 @@ def _kernel(
 
   is_row = row < num_rows
   safe = jnp.where(row_sum == 0.0, 1.0, row_sum)
-  if splits > 1:
-    is_row = row < end_row  # what does not count is not merged
+  if splits > 1 or starts_ref is not None:
+    is_row = row < end_row  # what does not count is zero elsewhere
   elif counts_ref is not None:
     safe = jnp.where(row < end_row, safe, jnp.inf)
   out = (acc / safe[:, None]).astype(out_ref.dtype)
   at = index_in_q(row)
-  _store_rows(out_ref, (split, b), at, out, is_row)
+  _store_rows(out_ref, (split, place), at, out, is_row)
   if lse_ref is not None:
     # A program without a key has row_max = _LOWEST, hence no weight.
     lse = row_max + jnp.log2(safe)
-    plgpu.store(lse_ref.at[split, b, at], lse, mask=is_row)
+    plgpu.store(lse_ref.at[split, place, at], lse, mask=is_row)
+  elif starts_ref is not None:
+    # The last row's programs write the zeros behind it: those of its heads.
+    num_left = (out_ref.shape[2] // num_heads - first - end_tree) * group
+    num_left *= lax.div(b + 1, jnp.int32(counts_ref.shape[0]))  # 1 or 0
+
+    def write_zeros(index, _):
+      left = (index * num_tiles + tile) * tile_rows
+      left += jnp.arange(tile_rows, dtype=jnp.int32)
+      zeros = jnp.zeros((tile_rows, head_dim), out_ref.dtype)
+      at = index_in_q(end_row + left)
+      _store_rows(out_ref, (split, place), at, zeros, left < num_left)
+
+    step = num_tiles * tile_rows
+    num_steps = lax.div(num_left + (step - 1), jnp.int32(step))
+    lax.fori_loop(0, num_steps, write_zeros, None)
 
 
 def _merge_kernel(
-  parts_ref,  # float32 [splits, batch, q_len * num_heads, head_dim]
-  lse_ref,  # float32 [splits, batch, q_len * num_heads], base 2
+  parts_ref,  # float32 [splits, batch, q_len * num_heads, head_dim], or flat
+  lse_ref,  # float32, as parts_ref without its channels; base 2
   counts_ref,  # int32 [batch], or None
-  out_ref,  # [1, batch, q_len * num_heads, head_dim]
+  starts_ref,  # int32 [batch], or None
+  out_ref,  # [1, batch, q_len * num_heads, head_dim], or flat
   *,
   num_heads,
 ):
@@ -279,7 +309,10 @@ def _merge_kernel(
   splits, _, num_rows, head_dim = parts_ref.shape
   row = tile * _MERGE_ROWS + jnp.arange(_MERGE_ROWS, dtype=jnp.int32)
   end_row = num_rows
-  if counts_ref is not None:
+  if starts_ref is not None:
+    last = counts_ref.shape[0] - 1
+    end_row = (starts_ref[last] + counts_ref[last]) * num_heads
+  elif counts_ref is not None:
     end_row = jnp.minimum(counts_ref[b] * num_heads, num_rows)
   near = jnp.minimum(row, jnp.maximum(end_row - 1, 0))
   # Unrolled, so that all loads are under way together.

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tree_attention import flat_rows
+
 _MASKED = -1e30
 
 
+@flat_rows.unpacked
 def tree_attention(
   q,  # [batch, q_len, num_heads, head_dim]
   cache_k,  # [batch, num_kv_heads, capacity, head_dim]

@@ -14,7 +14,7 @@ from configs.calibrate_answers import study as calibrate_study
 from configs.calibrate_answers import study_smoke as calibrate_smoke
 from configs.capture_attention import smoke as capture_smoke
 from configs.capture_attention import study as capture_study
-from configs.frontier import study
+from configs.frontier import study, study_by_head, study_more_prompts
 from configs.train_decoder import study as study_model
 from experiments import capture_attention, frontier, long_context
 from experiments.frame import flags_and_configs
@@ -113,6 +113,27 @@ def test_scanned_measurements_are_those_of_the_decoder(
         assert record[name] == pytest.approx(value, abs=2e-5), name
       assert record["recall"] < 0.9
   assert compared == 2  # layers
+
+
+def test_lengths_may_be_taken_one_by_one(
+  monkeypatch, model_folder, in_process, workdir
+):
+  def take(name, *lengths):
+    run_frontier(
+      *(monkeypatch, model_folder, workdir / name),
+      sweeps=(SWEEP | dict(measure=("layers",)),),
+      **dict(tasks=(), reference_measure=(), quality_layers=(1,)),
+      **dict(lengths=lengths, search=False),
+    )
+    found = records.read(workdir / name / "records.jsonl")
+    return {r["length"]: (r["recall"], r["density"]) for r in found}
+
+  first = take("apart", 512)
+  apart = take("apart", 256)
+  assert list(first) == [512]
+  assert list(apart) == [512, 256]  # kept beside what the second call took
+  assert take("together", 512, 256) == apart
+  assert len(set(apart.values())) == 2
 
 
 def test_scanned_next_tokens_are_those_of_the_decoder(
@@ -308,7 +329,7 @@ def test_a_matched_line_becomes_its_pattern_again():
   assert attention_speed_captured.pattern_of(line) == expected
 
 
-def test_configs_of_the_study_agree():
+def test_configs_of_the_study_agree(tmp_path):
   for module in (captured, captured_smoke):
     attention_speed_config.parse(module.get_config("out"))
   for module in (calibrate_study, calibrate_smoke):
@@ -318,6 +339,26 @@ def test_configs_of_the_study_agree():
   )
   num_layers = study_model.get_config().model.num_layers
   assert max(settings.layers) < num_layers
+  heads = (("vertical_slash", 1000, 4096), ("block_sparse", 100, 0))
+  searched = attention.Calibration(
+    pattern="minference",
+    settings={},
+    layers=({"heads": heads}, {"heads": heads[:1]}),
+    model_sha256="",
+    target={},
+  )
+  (tmp_path / "minference").mkdir()
+  records.write_json(
+    tmp_path / "minference" / "calibration.json", searched.to_json()
+  )
+  more, by_head = (
+    frontier_config.parse(module.get_config(str(tmp_path))).run
+    for module in (study_more_prompts, study_by_head)
+  )
+  (entry,) = by_head.entries
+  assert entry.patterns == searched.patterns()
+  for name in ("tasks", "samples", "seed", "lengths", "captured_task"):
+    assert getattr(more, name) == getattr(by_head, name)
   # What is calibrated is compiled as the sweep beside it.
   calibrated = calibrate_study.get_config()
   (scorer,) = calibrated.scorers

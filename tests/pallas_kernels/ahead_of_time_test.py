@@ -113,15 +113,28 @@ def likelihood(**settings):
 
 
 def tree_attention(
-  dtype, q_len, tree_len, capacity=512, head_dim=64, batch=2, counted=False
+  dtype,
+  q_len,
+  tree_len,
+  capacity=512,
+  head_dim=64,
+  batch=2,
+  counted=False,
+  flat=False,
 ):
   cache = array(batch, 2, capacity, head_dim, dtype=dtype)
   tree = array(batch, tree_len, 2, head_dim, dtype=dtype)
   q = array(batch, q_len, 6, head_dim, dtype=dtype)
   mask = array(batch, q_len, tree_len, dtype=jnp.bool_)
   fn = functools.partial(tree_triton.tree_attention, scale=0.125)
-  counts = (array(batch),) if counted else ()
-  return fn, (q, cache, cache, array(batch), tree, tree, mask, *counts)
+  more = (array(batch),) if counted else ()
+  if flat:
+    q, tree = (
+      array(1, 80, 6, head_dim, dtype=dtype),
+      array(1, 80, 2, head_dim, dtype=dtype),
+    )
+    more = array(batch), array(batch)
+  return fn, (q, cache, cache, array(batch), tree, tree, mask, *more)
 
 
 def top_log_probs(vocab_size, width):
@@ -149,6 +162,10 @@ TRITON = {
   "tree_counted_full_card": tree_attention(
     jnp.bfloat16, 64, 64, batch=512, counted=True
   ),
+  "tree_flat": tree_attention(jnp.bfloat16, 64, 64, 1408, flat=True),
+  "tree_flat_full_card": tree_attention(
+    jnp.bfloat16, 64, 64, batch=512, flat=True
+  ),
   "top": top_log_probs(4096, 8),
   "top_ragged": top_log_probs(1000, 3),
 }
@@ -161,6 +178,7 @@ KERNELS = dict.fromkeys(
     "tree_float32",
     "tree_counted",
     "tree_counted_float32",
+    "tree_flat",
   ),
   2,
 )

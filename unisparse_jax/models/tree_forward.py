@@ -93,32 +93,36 @@ class TreeCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
-  """Which tokens of [batch, n] are worth computing, in one flat row.
+  """The first tokens of each row of [batch, n], in one flat row.
 
   Attributes:
+    counts: int32 [batch], how many tokens of each row are there.
+    starts: int32 [batch], where in the flat row they begin.
     flat: int32 [packed], row * n + column of each packed token.
     slot: int32 [batch, n], where a token went in the flat row; `packed` for
       those left out.
   """
 
+  counts: Int[Array, " batch"]
+  starts: Int[Array, " batch"]
   flat: Int[Array, " packed"]
   slot: Int[Array, "batch n"]
 
   @classmethod
-  def of(cls, is_kept: Bool[Array, "batch n"], packed: int) -> "Packing":
-    """Packs the kept tokens in order; `packed` must be at least their number.
+  def of(cls, counts: Int[Array, " batch"], n: int, packed: int) -> "Packing":
+    """Packs row after row; `packed` must be at least the sum of counts.
 
     Args:
-      is_kept: bool [batch, n].
+      counts: int32 [batch], 0 to n.
+      n: static number of tokens of a row.
       packed: static size of the flat row; what is left of it repeats token 0.
     """
-    kept = is_kept.reshape(-1)
-    before = jnp.cumsum(kept, dtype=jnp.int32) - 1
-    slot = jnp.where(kept & (before < packed), before, packed)
-    flat = jnp.zeros((packed,), jnp.int32)
-    index = jnp.arange(kept.shape[0], dtype=jnp.int32)
-    flat = flat.at[slot].set(index, mode="drop")
-    return cls(flat=flat, slot=slot.reshape(is_kept.shape))
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    column = jnp.arange(n, dtype=jnp.int32)[None, :]
+    slot = jnp.where(column < counts[:, None], starts[:, None] + column, packed)
+    index = jnp.arange(slot.size, dtype=jnp.int32).reshape(slot.shape)
+    flat = jnp.zeros((packed,), jnp.int32).at[slot].set(index, mode="drop")
+    return cls(counts=counts, starts=starts, flat=flat, slot=slot)
 
   def pack(self, values: Array) -> Array:
     """[batch, n, ...] to [1, packed, ...]."""
@@ -128,6 +132,14 @@ class Packing:
   def unpack(self, values: Array) -> Array:
     """[1, packed, ...] to [batch, n, ...]; zeros for what was left out."""
     return jnp.take(values[0], self.slot, axis=0, mode="fill", fill_value=0)
+
+  def take(self, values: Array, columns: Int[Array, "batch m"]) -> Array:
+    """[1, packed, ...] to [batch, m, ...], the tokens at these columns.
+
+    Those of columns at or past a row's count are some other's.
+    """
+    slot = self.starts[:, None] + columns
+    return values[0][jnp.minimum(slot, values.shape[1] - 1)]
 
 
 @jax.tree_util.register_dataclass
@@ -147,18 +159,17 @@ class Scratch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeOutput:
-  """What `tree_forward` found.
+  """What `tree_forward` found; with a packing, [1, packed, ...] of everything.
 
   Attributes:
-    hidden: [batch, n, embed_dim] for `Decoder.logits`; [1, packed, embed_dim]
-      with a packing.
+    hidden: [batch, n, embed_dim] for `Decoder.logits`.
     k: per layer [batch, n, num_kv_heads, head_dim], after RoPE; with a scratch,
       all of its slots.
     v: as k.
     taps: [batch, n, len(taps) * embed_dim], or None for no taps.
   """
 
-  hidden: Float[Array, "..."]
+  hidden: Float[Array, "batch n embed_dim"]
   k: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
   v: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
   taps: Float[Array, "batch n taps_dim"] | None
@@ -187,18 +198,16 @@ def tree_forward(
       With a scratch, [batch, n, num_slots] over its slots.
     cache: earlier tokens; only read.
     taps: layers whose input is returned as well.
-    packing: compute only some tokens. Projections and MLPs then run on the flat
-      row; attention, which reads another cache for every row, does not.
+    packing: compute only some tokens, which must see no others, in a flat row.
     counts: int32 [batch], as of `attention.tree_attention`: the tokens of each
-      row that matter, a prefix; a packing must keep no others. Not with a
-      scratch.
+      row that matter, a prefix. Not with a scratch or a packing.
     scratch: where the new keys and values go before attention. Not with a
       packing.
     slot: first slot of the new tokens there.
 
   Returns:
-    See `TreeOutput`. Values of tokens that a packing left out are zeros; of
-    others that do not count, finite and nothing more.
+    See `TreeOutput`. Values of tokens that do not count, and behind the last
+    in a flat row, are finite and nothing more.
   """
   axes = ("batch", "n")
   checks.check_shape("tokens", tokens, axes, (None, None))
@@ -219,8 +228,9 @@ def tree_forward(
     return _padded(
       model, tokens, positions, mask, cache, taps, counts, -(-least // batch)
     )
-  pack = (lambda x: x) if packing is None else packing.pack
-  unpack = (lambda x: x) if packing is None else packing.unpack
+  pack, starts = (lambda x: x), None
+  if packing is not None:
+    pack, counts, starts = packing.pack, packing.counts, packing.starts
   cos, sin = rope.cos_sin(pack(positions), model.config)
   x = model.embed(pack(tokens))
   inputs, keys, values = [], [], []
@@ -228,26 +238,22 @@ def tree_forward(
     inputs.append(x)
 
     def attend(q, k, v, layer=layer):
-      q, k, v = unpack(q), unpack(k), unpack(v)
       if scratch is not None:
         start = (0, slot, 0, 0)
         k = lax.dynamic_update_slice(scratch.k[layer], k, start)
         v = lax.dynamic_update_slice(scratch.v[layer], v, start)
       keys.append(k)
       values.append(v)
-      out = attention.tree_attention(
-        q, cache.k[layer], cache.v[layer], cache.lengths, k, v, mask, counts
-      )
-      return pack(out)
+      buffers = cache.k[layer], cache.v[layer], cache.lengths
+      return attention.tree_attention(q, *buffers, k, v, mask, counts, starts)
 
     x, _, _ = block.attend_with(x, cos, sin, attend)
   inputs.append(x)
-  joined = decoder.join_taps(inputs, taps)
   out = TreeOutput(
     hidden=model.norm(x),
     k=tuple(keys),
     v=tuple(values),
-    taps=None if joined is None else unpack(joined),
+    taps=decoder.join_taps(inputs, taps),
   )
   # Keys leave only when the last layer has read its cache. Without this, XLA
   # may order a write of the first layer before a read, and copies every buffer

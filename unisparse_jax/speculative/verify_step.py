@@ -117,11 +117,13 @@ def _verify_size(
   taps,
 ):
   """Verifies with one static size: nodes a row, or in all if packed."""
+  if not shape.packed:
+    draft = draft.prefix(size)
+  # Sorted by score: what is valid is a prefix, and so are its ancestors.
+  counts = jnp.sum(draft.valid, axis=-1, dtype=jnp.int32)
   packing = None
   if shape.packed:
-    packing = models.Packing.of(draft.valid, size)
-  else:
-    draft = draft.prefix(size)
+    packing = models.Packing.of(counts, draft.tokens.shape[1], size)
   # [batch, num_nodes]
   positions = lengths[:, None] - 1 + draft.depths
   out = models.tree_forward(
@@ -132,8 +134,7 @@ def _verify_size(
     cache,
     taps=taps,
     packing=packing,
-    # Sorted by score: what is valid is a prefix, and so are its ancestors.
-    counts=jnp.sum(draft.valid, axis=-1, dtype=jnp.int32),
+    counts=None if shape.packed else counts,
   )
   logits = target.logits(out.hidden)
   if probabilities is None:
@@ -161,6 +162,8 @@ def _verify_size(
     )
 
   def on_path(values):
+    if packing is not None:
+      return packing.take(values, acceptance.path)
     index = acceptance.path.reshape(
       *acceptance.path.shape, *(1,) * (values.ndim - 2)
     )

@@ -187,6 +187,56 @@ def test_counts_end_in_any_tile_of_nodes(implementation):
     assert error <= TOLERANCE["float32"], (counts, error)
 
 
+def flat(case, counts, packed, fill):
+  """The case with its counted tokens in one row, `fill` behind them."""
+  kept = np.arange(case["tree_mask"].shape[1]) < counts[:, None]
+
+  def row(values):
+    values = np.asarray(values)[kept]
+    out = np.full((1, packed, *values.shape[1:]), fill, values.dtype)
+    out[0, : len(values)] = values
+    return jnp.asarray(out)
+
+  rows = {name: row(case[name]) for name in ("q", "tree_k", "tree_v")}
+  starts = (np.cumsum(counts) - counts).astype(np.int32)
+  return kept, case | rows | dict(
+    counts=jnp.asarray(counts), starts=jnp.asarray(starts)
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype"), [("rows", "bfloat16"), ("many_nodes", "float32")]
+)
+@pytest.mark.parametrize("implementation", COUNTED)
+def test_a_flat_row(implementation, name, dtype):
+  case = make_case(SIZES[name], dtype)
+  whole = in_float64(case)
+  n, packed = whole.shape[1], 3 * whole.shape[1]
+  # Room behind the last token, a last row of none at the very end, nothing.
+  for some in ((7, n, 0, 3), (n, 1, n, 0), (n, n, n, 0), (0, 0, 0, 0)):
+    counts = np.asarray(some, np.int32)
+    kept, args = flat(case, counts, packed, fill=7.0)
+    out = attend(**args, implementation=implementation)
+    assert out.shape == (1, packed, *whole.shape[2:])
+    assert out.dtype == dtype
+    total = counts.sum()
+    assert (np.asarray(out)[0, total:] == 0).all()
+    if total:
+      error = helpers.relative_error(out[0, :total], whole[kept])
+      assert error <= TOLERANCE[dtype], (counts, error)
+
+
+@pytest.mark.parametrize("implementation", COUNTED[2:])
+def test_behind_a_flat_row_nothing_is_read(implementation):
+  case = make_case(SIZES["rows"])
+  counts = np.asarray((7, 16, 0, 3), np.int32)
+  _, args = flat(case, counts, 40, fill=0.0)
+  expected = attend(**args, implementation=implementation)
+  _, args = flat(case, counts, 40, fill=np.nan)
+  out = attend(**args, implementation=implementation)
+  np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize("implementation", COUNTED)
 def test_one_token_more_is_seen(implementation):
   case = make_case(SIZES["rows"])
@@ -278,7 +328,7 @@ def test_programs_share_a_long_cache(capacity, num_walks, num_rows, splits):
     (dict(cache_v=jnp.zeros((3, 2, 79, 64))), r"^cache_v must have shape"),
     (dict(cache_len=jnp.zeros((2,), jnp.int32)), r"^cache_len must have shape"),
     (dict(tree_k=jnp.zeros((3, 1, 1, 64))), r"^tree_k must have shape"),
-    (dict(tree_mask=jnp.ones((3, 1, 2), bool)), r"^tree_mask must have shape"),
+    (dict(tree_mask=jnp.ones((3, 1), bool)), r"^tree_mask must have shape"),
     (dict(counts=jnp.zeros((2,), jnp.int32)), r"^counts must have shape"),
     (dict(scale=-1.0), r"^scale must be None or a finite number"),
     (dict(implementation="cudnn"), r"^implementation must be a known name"),
@@ -295,6 +345,17 @@ def test_counts_need_a_query_for_every_new_token():
   counts = jnp.asarray([8, 8], jnp.int32)
   with pytest.raises(ValueError, match=r"^counts must come with a query"):
     api.tree_attention(**case, counts=counts)
+
+
+def test_a_flat_row_needs_counts():
+  case = make_case(SIZES["rows"])
+  _, args = flat(case, np.asarray((7, 16, 0, 3), np.int32), 40, fill=0.0)
+  with pytest.raises(ValueError, match=r"^starts must come with counts"):
+    api.tree_attention(**args | dict(counts=None))
+  with pytest.raises(ValueError, match=r"^tree_k must have shape"):
+    api.tree_attention(**args | dict(tree_k=args["tree_k"][:, :39]))
+  with pytest.raises(ValueError, match=r"^q must have shape"):
+    api.tree_attention(**case | dict(starts=args["starts"]))
 
 
 def test_triton_names_what_it_cannot_serve():

@@ -88,46 +88,47 @@ def test_a_prefix_of_the_tree_has_the_same_logits(model, setup):
 
 def test_packing_leaves_the_kept_nodes_as_they_are(model, setup):
   _, tokens, positions, mask, cache = setup
-  kept = np.arange(len(PARENTS))[None, :] < np.asarray([8, 1, 3])[:, None]
-  packing = models.Packing.of(jnp.asarray(kept), 14)
+  counts = np.asarray([8, 0, 3], np.int32)
+  kept = np.arange(len(PARENTS))[None, :] < counts[:, None]
+  packing = models.Packing.of(jnp.asarray(counts), len(PARENTS), 14)
   whole = forward(model, tokens, positions, mask, cache, taps=(1,))
   packed = forward(
     model, tokens, positions, mask, cache, taps=(1,), packing=packing
   )
-  assert packed.hidden.shape[:2] == (1, 14)
-  unpacked = packing.unpack(packed.hidden)
+  columns = jnp.asarray([[7, 2], [0, 0], [2, 1]], jnp.int32)
   for ours, theirs in (
-    (unpacked, whole.hidden),
+    (packed.hidden, whole.hidden),
     (packed.taps, whole.taps),
     (packed.k[-1], whole.k[-1]),
   ):
-    np.testing.assert_allclose(ours[kept], theirs[kept], atol=1e-5)
-    assert (ours[~kept] == 0).all()
+    assert ours.shape[:2] == (1, 14)
+    rows = packing.unpack(ours)
+    np.testing.assert_allclose(rows[kept], theirs[kept], atol=1e-5)
+    assert (rows[~kept] == 0).all()
+    taken = packing.take(ours, columns)
+    for row in (0, 2):
+      expected = rows[row][columns[row]]
+      np.testing.assert_array_equal(taken[row], expected)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(packed))
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_counts_leave_the_counted_nodes_as_they_are(model, setup, is_packed):
+def test_counts_leave_the_counted_nodes_as_they_are(model, setup):
   _, tokens, positions, mask, cache = setup
   counts = np.asarray([8, 0, 3], np.int32)
   kept = np.arange(len(PARENTS))[None, :] < counts[:, None]
-  packing, unpack = None, lambda x: x
-  if is_packed:
-    packing = models.Packing.of(jnp.asarray(kept), 14)
-    unpack = packing.unpack
   whole = forward(model, tokens, positions, mask, cache, taps=(1,))
   args = (model, tokens, positions, mask, cache)
-  out = forward(*args, taps=(1,), packing=packing, counts=counts)
-  hidden = unpack(out.hidden)
+  out = forward(*args, taps=(1,), counts=counts)
   for ours, theirs in (
-    (hidden, whole.hidden),
+    (out.hidden, whole.hidden),
     (out.taps, whole.taps),
     (out.k[-1], whole.k[-1]),
   ):
     np.testing.assert_allclose(ours[kept], theirs[kept], atol=1e-5)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
   # Counts reach attention: one less is something else.
-  fewer = forward(*args, taps=(1,), packing=packing, counts=counts - 1)
-  assert np.abs(unpack(fewer.hidden)[0, 7] - hidden[0, 7]).max() > 1e-3
+  fewer = forward(*args, taps=(1,), counts=counts - 1)
+  assert np.abs(fewer.hidden[0, 7] - out.hidden[0, 7]).max() > 1e-3
 
 
 def test_a_lower_triangle_is_a_prefill(model, setup):

@@ -62,6 +62,18 @@ class Predictor:
     """[n, num_arms], predicted."""
     return self.inputs(records) @ self.weights
 
+  def within(
+    self, arms: search.Arms, costs: costs_lib.StepCosts
+  ) -> "Predictor":
+    """What the arms bring in such a batch, see `search.Arms.within`."""
+    weights = np.asarray(self.weights)[:, arms.served(costs)]
+    if costs.packed:
+      # One of the bins' features is 1.
+      more = np.array([n for _, n in arms.arms]) * search.PER_NODE
+      is_bin = np.arange(len(weights)) < policy_lib.NUM_BINS
+      weights = weights + is_bin[:, None] * more
+    return dataclasses.replace(self, weights=weights)
+
   def choose(
     self, records: replay.StepRecords, times: np.ndarray, rate: float
   ) -> np.ndarray:
@@ -222,7 +234,7 @@ def from_artefact(
     prior=float(stored["prior"]),
     keep=float(stored["keep"]),
   )
-  inner = model.policy(
+  inner = model.within(arms, costs).policy(
     arms,
     costs,
     rate=float(stored["rates"][str(costs.batch)]),

@@ -21,6 +21,9 @@ from unisparse_jax.speculative.calibration import replay
 
 Arm = tuple[int, int]  # levels, draft nodes without the root
 _ROUNDS = 20
+# Tokens that a node is preferred by between arms that bring the same: of rows
+# that share nodes, one that asks for more gets what the others leave.
+PER_NODE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,33 @@ class Arms:
     """float64 [num_arms], milliseconds of a step in which all rows agree."""
     levels = np.maximum([d for d, _ in self.arms], self.base_depth)
     return costs.step_ms(levels, [n for _, n in self.arms])
+
+  def served(self, costs: costs_lib.StepCosts) -> np.ndarray:
+    """int [num_arms], the arm that a row gets when all rows ask for this one.
+
+    Where rows share the nodes of a packed batch, one of as many as each row's
+    part of them. It gets more where the others' drafts are poorer: a log of
+    other batches does not tell how much.
+    """
+    if not costs.packed:
+      return np.arange(len(self.arms))
+    most = costs.buckets[-1] // costs.batch - 1
+    index = {arm: i for i, arm in enumerate(self.arms)}
+    sizes = sorted({n for _, n in self.arms})
+    return np.array(
+      [
+        index[d, max(m for m in sizes if m <= max(min(n, most), sizes[0]))]
+        for d, n in self.arms
+      ]
+    )
+
+  def within(self, costs: costs_lib.StepCosts) -> "Arms":
+    """The same arms with what they bring in such a batch, see `served`."""
+    more = np.array([n for _, n in self.arms], np.float32) * PER_NODE
+    tokens = self.tokens[:, self.served(costs)]
+    return dataclasses.replace(
+      self, tokens=tokens + more if costs.packed else tokens
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
