@@ -46,6 +46,9 @@ _NAMES = (
 _ROOT = pathlib.Path(__file__).parents[1]
 _FOLDERS = re.compile(r"(?<!\w)(?:/[^\s/'\"]+)+/")  # of an absolute path
 _MOST_WORDS = 300  # characters
+# Of the figure. Some dense peers are equally fast: lines that are seen through.
+_TICKS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_DENSE_STYLES = ("-.", ":", "--", (0, (1, 4)), (0, (6, 3)))
 
 
 def main(argv):
@@ -213,10 +216,15 @@ def _figure(rows):
   columns = min(count, 4)
   lines = -(-count // columns)
   figure = matplotlib.figure.Figure(
-    figsize=(4.2 * columns, 3.6 * lines), layout="constrained"
+    figsize=(4.2 * columns, 3.4 * lines + 0.5), layout="constrained"
   )
   axes = figure.subplots(lines, columns, squeeze=False)
-  colours = {}  # The same in every panel; a dense peer is a dotted line.
+  # The same in every panel: widths, ticks, and how a method is drawn.
+  densities = [row["density"] for row in timed] or [1.0]
+  low, high = min(densities) / 1.2, 1.2 * max(densities)
+  ticks = [tick for tick in _TICKS if low <= tick <= high]
+  styles = dict(zip(speed_config.DENSE, _DENSE_STYLES, strict=True))
+  drawn = {}
   for axis, size in zip(axes.flat, sizes, strict=False):
     here = [row for row in timed if _size(row) == size]
     for method in dict.fromkeys(row["method"] for row in here):
@@ -225,22 +233,36 @@ def _figure(rows):
         for row in here
         if row["method"] == method
       )
-      colour = colours.setdefault(method, f"C{len(colours)}")
-      if method in speed_config.DENSE:
-        axis.axhline(points[0][1], ls=":", lw=1.4, color=colour, label=method)
+      if method in drawn:
+        colour = drawn[method].get_color()
       else:
-        axis.plot(
-          *zip(*points, strict=True), marker="o", color=colour, label=method
+        colour = f"C{len(drawn)}"
+      if method in styles:
+        line = axis.axhline(
+          points[0][1], ls=styles[method], lw=1.4, color=colour
         )
+      else:
+        (line,) = axis.plot(
+          *zip(*points, strict=True), marker="o", color=colour
+        )
+      drawn.setdefault(method, line)
     axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("density of kept blocks")
     axis.set_title(f"{size[0]:,} tokens, head dim {size[1]}, {size[2]}")
     axis.set_ylim(0, 1.08 * max(row["tflops"] for row in here))
-    axis.legend(fontsize=8, loc="lower right")
   for axis in list(axes.flat)[len(sizes) :]:
     axis.set_visible(False)
   for line in axes:
     line[0].set_ylabel("TFLOP/s on kept blocks")
+  figure.legend(
+    [*drawn.values()],
+    [name + " (dense)" * (name in styles) for name in drawn],
+    loc="outside lower center",
+    ncols=2 * columns,
+  )
   return figure
 
 

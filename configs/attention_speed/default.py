@@ -3,13 +3,14 @@
 
 Run:     python -m experiments.attention_speed
            --config=configs/attention_speed/default.py --workdir=out/speed
-Device:  one H100 or H200, by the times of its parts about five minutes and at
-         most 165 s of PyTorch's peers before.
-Expect:  on an H200, TFLOP/s on kept blocks from density 1 to 0.05: 611 to 517
-         at 32K (dense: tokamax 611, cuDNN 578), 615 to 569 at 128K; gradients
-         487 to 396 at 32K (cuDNN's dense 525):
-         results/attention_speed_h200.jsonl, without the lengths 16K and 64K,
-         the gradients at head_dim 64 and at 128K, and 1M with its selection.
+Device:  one H100 or H200, seven minutes (measured on an H200 with its host
+         busy), 80 s of them PyTorch's peers, the rest mostly compilers.
+Expect:  on an H200, TFLOP/s on kept blocks from density 1 to 0.05: 616 to 558
+         at 32K (tokamax's dense 620, cuDNN's 591, FlexAttention 432 to 341),
+         622 to 581 at 128K (628, 579, 413 to 397); gradients 492 to 408 at 32K
+         (cuDNN's dense 523, FlexAttention 396 to 321); 1M tokens with their
+         selection 566 ms: results/attention_speed_h200.jsonl, the whole of it
+         (taken with torch_timeout_s=220, which it did not need).
 """
 
 import ml_collections

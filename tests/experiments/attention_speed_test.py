@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import io
+import itertools
 import types
 
 import numpy as np
@@ -170,6 +171,38 @@ def test_ratios_are_to_the_fastest_dense_peer_of_the_size():
   console.print(attention_speed._table(rows))
   lines = [x for x in printed.getvalue().splitlines() if "selection │" in x]
   assert "2.0%" in lines[0] and "10.0%" in lines[1] and len(lines) == 2
+
+
+def test_a_panel_with_one_density_has_the_ticks_of_all():
+  def record(method, density, length):
+    size = {"length": length, "head_dim": 64, "direction": "forward"}
+    return {"method": method, "density": density, "tflops": 500.0, **size}
+
+  figure = attention_speed._figure(
+    [
+      record("ours", 1.0, 8),
+      record("ours", 0.05, 8),
+      record("tokamax", 1.0, 8),
+      record("cudnn", 1.0, 8),
+      record("ours", 0.03, 16),
+      record("unisparse", 0.029986, 16),
+    ]
+  )
+  figure.canvas.draw()
+  panels = [axis for axis in figure.axes if axis.get_visible()]
+  assert len(panels) == 2
+  for axis in panels:
+    labels = axis.get_xticklabels(which="both")
+    assert [x.get_text() for x in labels] == "0.025 0.05 0.1 0.25 0.5 1".split()
+    boxes = [x.get_window_extent() for x in labels]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+  (legend,) = figure.legends
+  assert [x.get_text() for x in legend.get_texts()] == [
+    *("ours", "tokamax (dense)", "cudnn (dense)", "unisparse")
+  ]
+  dense = [x for x in panels[0].lines if x.get_marker() == "None"]
+  styles = {x.get_linestyle() for x in dense}
+  assert len(styles) == 2  # one may lie upon the other
 
 
 @pytest.mark.parametrize(
