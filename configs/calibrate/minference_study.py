@@ -6,7 +6,10 @@ The candidates are those of the released search, at about its length.
 Run:     python -m experiments.calibrate
            --config=configs/calibrate/minference_study.py:out/study
            --workdir=out/study/minference
-Device:  one H100 or H200, a minute or two.
+Device:  one H200, a minute and a half.
+Expect:  1,000 columns and 4,096 slashes in 63 of 64 heads, 100 blocks in one;
+         density 0.60, recall 0.944 on qa_1; dense below 32,769
+         (results/calibration_minference_study.json).
 """
 
 from configs.calibrate import minference

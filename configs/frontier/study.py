@@ -10,7 +10,7 @@ Run:     python -m experiments.frontier
 Device:  one H100, at most max_seconds; what is wanted most comes first.
 Expect:  without a calibration, whose sweep is then left out, in 620 s of an
          H200 all lengths in full: results/frontier_study_h200.jsonl. So few do
-         not separate patterns; study_more_prompts.py takes more at 128K.
+         not separate patterns; study_more_prompts.py takes more.
 """
 
 import ml_collections

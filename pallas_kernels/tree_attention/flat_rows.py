@@ -28,7 +28,7 @@ def unpacked(fn):
   ):
     by_row = functools.partial(fn, scale=scale)
     rest = cache_k, cache_v, cache_len
-    if starts is None:
+    if starts is None or counts is None:
       return by_row(q, *rest, tree_k, tree_v, tree_mask, counts)
     batch, n = tree_mask.shape[:2]
     packed = q.shape[1]

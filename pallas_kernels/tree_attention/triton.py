@@ -286,7 +286,7 @@ def _kernel(
   elif starts_ref is not None:
     # The last row's programs write the zeros behind it: those of its heads.
     num_left = (out_ref.shape[2] // num_heads - first - end_tree) * group
-    num_left *= lax.div(b + 1, jnp.int32(counts_ref.shape[0]))  # 1 or 0
+    num_left *= lax.div(b + 1, jnp.int32(starts_ref.shape[0]))  # 1 or 0
 
     def write_zeros(index, _):
       left = (index * num_tiles + tile) * tile_rows
@@ -312,12 +312,13 @@ def _merge_kernel(
   tile, b = pl.program_id(0), pl.program_id(1)
   splits, _, num_rows, head_dim = parts_ref.shape
   row = tile * _MERGE_ROWS + jnp.arange(_MERGE_ROWS, dtype=jnp.int32)
-  end_row = num_rows
-  if starts_ref is not None:
+  if counts_ref is None:
+    end_row = num_rows
+  elif starts_ref is None:
+    end_row = jnp.minimum(counts_ref[b] * num_heads, num_rows)
+  else:
     last = counts_ref.shape[0] - 1
     end_row = (starts_ref[last] + counts_ref[last]) * num_heads
-  elif counts_ref is not None:
-    end_row = jnp.minimum(counts_ref[b] * num_heads, num_rows)
   near = jnp.minimum(row, jnp.maximum(end_row - 1, 0))
   # Unrolled, so that all loads are under way together.
   lses = [lse_ref[split, b, near] for split in range(splits)]

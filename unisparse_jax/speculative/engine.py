@@ -225,6 +225,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   count = jnp.where(active, count, 0)
   ended = jnp.any(is_end & (index < count[:, None]), axis=-1)
   lengths = state.lengths + count
+  done = state.done | ended | (lengths >= state.limits)
 
   committed = base.Committed(
     tokens=jnp.take_along_axis(nodes_tree.tokens, acceptance.path, axis=1),
@@ -242,12 +243,13 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     bucket=bucket,
     draft_levels=draft.levels,
     active=active,
+    remaining=jnp.where(done, 0, state.limits - lengths),
   )
   return DecodeState(
     tokens=tree.write_rows(state.tokens, emitted, state.lengths),
     lengths=lengths,
     limits=state.limits,
-    done=state.done | ended | (lengths >= state.limits),
+    done=done,
     keys=state.keys,
     reference=state.reference,
     cache=state.cache.append(keys_new, values_new, count),

@@ -19,7 +19,7 @@ from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative import tree, verification
 from unisparse_jax.speculative.drafters import base
 
-MAX_STEPS = 16  # then the drafter is told, and the policy asked again
+MAX_STEPS = 32  # then the drafter is told, and the policy asked again
 
 
 def plain_steps(
@@ -138,6 +138,7 @@ def one_step(
     token = verification.follow(token, state.reference, state.lengths)
   count = active.astype(jnp.int32)
   lengths = state.lengths + count
+  done = state.done | (active & is_end(token)) | (lengths >= state.limits)
   zeros = jnp.zeros((batch,), jnp.int32)
   outcome = policy_lib.Outcome(
     decision=policy_lib.Decision(depth=zeros, nodes=zeros, bin=zeros),
@@ -147,12 +148,13 @@ def one_step(
     bucket=jnp.int32(0),
     draft_levels=jnp.int32(0),
     active=active,
+    remaining=jnp.where(done, 0, state.limits - lengths),
   )
   new_state = dataclasses.replace(
     state,
     tokens=tree.write_rows(state.tokens, token[:, None], state.lengths),
     lengths=lengths,
-    done=state.done | (active & is_end(token)) | (lengths >= state.limits),
+    done=done,
     cache=state.cache.append(out.k, out.v, count),
     policy_state=policy.update(state.policy_state, outcome),
     log=state.log.append(

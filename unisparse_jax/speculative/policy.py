@@ -78,6 +78,8 @@ class Outcome:
     bucket: int32 scalar, index of the verification bucket that ran.
     draft_levels: int32 scalar, levels that were drafted; 0: none.
     active: bool [batch], rows that took part.
+    remaining: int32 [batch], tokens that a row may still get; 0 for a finished
+      one.
   """
 
   decision: Decision
@@ -87,6 +89,7 @@ class Outcome:
   bucket: Int[Array, ""]
   draft_levels: Int[Array, ""]
   active: Any
+  remaining: Int[Array, " batch"]
 
 
 @runtime_checkable

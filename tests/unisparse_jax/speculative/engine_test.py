@@ -555,8 +555,10 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed):
     lengths=LENGTHS,
     policy=speculative.Gated(
       policy=speculative.Fixed(depth=4, nodes=12),
-      min_tokens=2.0,
+      step_cost=2.0,
       period=4,
+      patience=0.5,
+      most=1.0,
       decay=0.5,
     ),
     shape=ONE_SIZE,

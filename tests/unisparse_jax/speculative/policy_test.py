@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,35 +56,76 @@ def test_bins_are_monotone_and_closed_on_the_right():
   assert decision.depth.tolist() == [12, 12, 11, 11, 8, 8, 8]
 
 
-def test_gate_waits_and_probes():
-  policy = speculative.Gated(
-    policy=speculative.Fixed(depth=4, nodes=8),
-    min_tokens=1.5,
-    period=3,
-    decay=0.5,
-  )
-  state = policy.init_state(2)
+def gate_steps(policy, tokens, remaining, num_steps):
+  """Which of num_steps steps draft; rows bring tokens(step) if they do."""
+  remaining = np.asarray(remaining)
+  state = policy.init_state(len(remaining))
+  update = jax.jit(policy.update)
   drafted = []
-  for step in range(14):
+  for step in range(num_steps):
     wants = bool(policy.should_draft(state, None))
     drafted.append(wants)
-    accept = 0 if step < 8 else 3
-    rows = jnp.asarray([accept, 7], jnp.int32)  # the second row is done
-    state = policy.update(
+    active = remaining > 0
+    brought = np.where(active, tokens(step) if wants else 1, 0)
+    remaining = np.maximum(remaining - brought, 0)
+    state = update(
       state,
       speculative.Outcome(
-        decision=policy.decide(state, evidence([0.0, 0.0])),
-        evidence_entropy=jnp.zeros(2),
-        accept_len=rows,
-        num_emitted=rows + 1,
+        decision=policy.decide(state, evidence([0.0] * len(remaining))),
+        evidence_entropy=jnp.zeros(len(remaining)),
+        accept_len=jnp.asarray(np.maximum(brought - 1, 0), jnp.int32),
+        num_emitted=jnp.asarray(brought, jnp.int32),
         bucket=jnp.int32(0),
         draft_levels=jnp.int32(4 if wants else 0),
-        active=jnp.asarray([True, False]),
+        active=jnp.asarray(active),
+        remaining=jnp.asarray(remaining, jnp.int32),
       ),
     )
-  # The mean starts at 3: 2, 1.5, 1.25; then every fourth step is a probe,
-  # until step 11 brings 4 tokens.
-  assert drafted == [True] * 3 + [False] * 3 + [True] + [False] * 3 + [True] * 4
+  return drafted
+
+
+def gate(**settings):
+  return speculative.Gated(
+    policy=speculative.Fixed(depth=4, nodes=8), **settings
+  )
+
+
+def test_gate_waits_longer_and_looks():
+  # A step costs 1 + 4 / 4 plain ones. One token of a row loses one step each
+  # time, once its rate is no longer the prior's.
+  policy = gate(step_cost=1.0, level_cost=0.25, period=3)
+  drafted = gate_steps(policy, lambda _: 1, [500, 0], 40)
+  first = drafted.index(False)
+  assert 3 <= first <= 8
+  stretches = "".join("d" if d else "." for d in drafted[first:]).split("d")
+  waits = [len(s) for s in stretches if s]
+  assert waits[:3] == [3, 6, 12]
+  # Where it pays again, it stays, and the next stretch is a short one.
+
+  def late(step):
+    return 6 if 10 <= step < 60 else 1
+
+  drafted = gate_steps(policy, late, [500, 0], 120)
+  assert all(drafted[25:60])
+  again = drafted.index(False, 60)
+  assert drafted[again : again + 4] == [False] * 3 + [True]
+
+
+def test_gate_counts_what_a_step_cost():
+  # Two tokens a step pay at 1.5 plain steps, not at 2.5.
+  for levels, pays in ((0.125, True), (0.375, False)):
+    policy = gate(step_cost=1.0, level_cost=levels, period=20)
+    drafted = gate_steps(policy, lambda _: 2, [400], 60)
+    assert all(drafted) == pays
+
+
+def test_gate_asks_for_the_row_that_ends_last():
+  policy = gate(step_cost=2.0, period=20)
+  mixed = np.asarray([6, 6, 6, 1])
+  # The row of one token a step is far behind: drafting only delays it.
+  assert not all(gate_steps(policy, lambda _: mixed, [40, 40, 40, 300], 40))
+  # It is nearly done, and the others are not.
+  assert all(gate_steps(policy, lambda _: mixed, [300, 300, 300, 20], 40))
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_where_the_text_ends_the_model_goes_on(target, prompts, text, how):
 
 def test_plain_steps_and_policies_that_decline_follow(target, prompts, text):
   everything = speculative.Fixed(depth=4, nodes=12)
-  gated = speculative.Gated(policy=everything, min_tokens=9.0, period=3)
+  gated = speculative.Gated(policy=everything, step_cost=9.0, period=3)
   declines = speculative.HeteroSpec.create(
     thresholds=np.arange(7.0),
     depth=[2] * 8,

@@ -181,7 +181,7 @@ def test_drawn_chains_have_the_enumerated_distribution(tiny):
     (
       dict(
         policy=speculative.Gated(
-          policy=speculative.Fixed(depth=1, nodes=1), min_tokens=1.0
+          policy=speculative.Fixed(depth=1, nodes=1), step_cost=1.0
         )
       ),
       "^policy must be Fixed where drafts",

@@ -243,11 +243,10 @@ def from_artefact(
   )
   if not gate:
     return inner
-  pays_from = float(stored["step_ms"][str(costs.batch)]) / costs.plain_ms
+  plain_ms = costs.plain_ms
+  step_ms = costs.fixed_ms + np.asarray(costs.verify_ms)
   return gated.Gated(
     policy=inner,
-    min_tokens=jnp.float32(pays_from),
-    # A look costs about two steps: every 64th keeps the loss near 2%.
-    period=jnp.int32(64),
-    decay=jnp.float32(0.8),
+    step_cost=jnp.asarray(step_ms / plain_ms, jnp.float32),
+    level_cost=jnp.float32(costs.draft_ms / plain_ms),
   )

@@ -36,7 +36,7 @@ POLICIES = {
     width=2,
   ),
   "gated": lambda: speculative.Gated(
-    policy=policy.Fixed(depth=3, nodes=7), min_tokens=1.9, period=3, decay=0.5
+    policy=policy.Fixed(depth=3, nodes=7), step_cost=1.9, period=3, look=0.0
   ),
 }
 
