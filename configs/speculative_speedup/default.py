@@ -10,13 +10,13 @@ Run:     python -m experiments.calibrate_speculation
          after the target (configs/train_decoder/target_155m.py, out/target)
          and its head (configs/train_draft_head/default.py, out/head).
 Device:  one H100 or H200 a batch size: calibration a minute, a batch and a
-         temperature two, both with what they compile, five programs of 20 to
-         30 s.
-Expect:  on H200s, mean of five domains, against plain decoding: the fixed tree
-         3.87 times at batch 1, greedy, depth and size by bin 4.19; 1.93 and
-         1.83 at batch 16, 1.18 and 1.42 at batch 64:
-         results/speculative_turns_h200.jsonl (batch 4 was not run; each method
-         on its own text, same_text=False).
+         temperature two to five, both with what they compile.
+Expect:  on H200s, greedy, mean of five domains, against plain decoding: the
+         fixed tree, depth and size by bin, and the predictor 4.15, 4.31 and
+         4.38 times at batch 1, 3.11, 3.06 and 3.08 at 4, 2.00, 2.22 and 2.10 at
+         16, 1.17, 1.72 and 1.66 at 64: results/speculative_turns_h200.jsonl
+         (batch 1 with batch_1_prompts=8, repeats=3; few:
+         speculative_drafters_h200.jsonl).
 """
 
 import ml_collections

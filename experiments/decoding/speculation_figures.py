@@ -93,7 +93,7 @@ def _by_batch(rows) -> bytes:
   axes.set_xticks(range(len(batches)), [str(b) for b in batches])
   axes.set_xlabel("batch")
   axes.set_ylabel("times plain decoding")
-  figure.legend(fontsize=7, ncols=6, frameon=False, loc="outside lower center")
+  figure.legend(fontsize=7, ncols=7, frameon=False, loc="outside lower center")
   figures.tidy(axes)
   return figures.png(figure)
 
@@ -122,7 +122,7 @@ def _by_domain(rows) -> bytes:
     figures.tidy(axes, "y")
   figure.legend(
     *left.get_legend_handles_labels(),
-    loc="outside lower center", ncols=6, fontsize=7, frameon=False,
+    loc="outside lower center", ncols=7, fontsize=7, frameon=False,
   )  # fmt: skip
   return figures.png(figure)
 
