@@ -206,6 +206,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     active,
     state.cache,
     state.lengths,
+    state.limits,
     state.keys,
     state.reference,
     shape=shape,

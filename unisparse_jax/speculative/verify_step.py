@@ -31,6 +31,7 @@ def verify(
   active: Bool[Array, " batch"],
   cache: models.TreeCache,
   lengths: Int[Array, " batch"],
+  limits: Int[Array, " batch"],
   keys: Any,
   reference: Int[Array, "batch capacity"] | None,
   *,
@@ -48,6 +49,7 @@ def verify(
     active: bool [batch], rows that still decode.
     cache: of the target; only read.
     lengths: int32 [batch], known tokens, root included.
+    limits: int32 [batch], tokens at which a row is done.
     keys: [batch] typed keys, or None for a sampler without noise.
     reference: see `engine.DecodeState`; not with rejection.
     shape: static sizes.
@@ -62,7 +64,8 @@ def verify(
     head_dim]; and the taps of the path, or None.
   """
   if shape.packed:
-    num_nodes = _share(draft, num_nodes, active, shape.packed[-1])
+    left = jnp.where(active, limits - lengths, 0)
+    num_nodes = _share(draft, num_nodes, left, shape.packed[-1])
     total = jnp.sum(num_nodes)
   else:
     total = jnp.max(num_nodes)
@@ -82,19 +85,23 @@ def verify(
   return index, num_nodes, lax.switch(index, branches, *operands)
 
 
-def _share(draft, num_nodes, active, budget):
+def _share(draft, num_nodes, left, budget):
   """Nodes per row when the best `budget` nodes of all rows are kept.
 
-  Scores fall along a row, so what is kept of it is a prefix. A finished row
-  gets none.
+  Scores fall along a row, so what is kept of it is a prefix. A batch is over
+  with its last row: a node counts as much as its row has tokens `left`, and a
+  finished row gets none.
   """
   batch, max_nodes = draft.scores.shape
+  active = left > 0
   if batch * max_nodes <= budget:
     return jnp.where(active, num_nodes, 0)
   index = jnp.arange(max_nodes, dtype=jnp.int32)[None, :]
   usable = (index < num_nodes[:, None]) & active[:, None]
+  share = jnp.maximum(left, 1) / jnp.maximum(jnp.max(left), 1)
   # A root goes before every draft node, a certain one (score 0) included.
-  scores = jnp.where(index == 0, 1.0, draft.scores)
+  scores = draft.scores + jnp.log(share.astype(jnp.float32))[:, None]
+  scores = jnp.where(index == 0, 1.0, scores)
   scores = jnp.where(usable, scores, 2 * tree.EMPTY).reshape(-1)
   top, chosen = lax.top_k(scores, budget)
   row = jnp.where(top > 1.5 * tree.EMPTY, chosen // max_nodes, batch)
