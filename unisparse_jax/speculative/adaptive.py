@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax.speculative import policy as policy_lib
@@ -61,11 +61,12 @@ class RecentState:
 
   Attributes:
     recent: float32 [batch], discounted mean of accepted tokens.
-    active: bool [batch], rows that took part in the last step.
+    weight: float32 [batch], tokens that a row has left, of the most that one
+      has: a batch is over with its last row. 0 for a finished one.
   """
 
   recent: Float[Array, " batch"]
-  active: Bool[Array, " batch"]
+  weight: Float[Array, " batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +86,8 @@ class Predictive(policy_lib.StatelessPolicy):
     keep: float32 scalar in [0, 1), weight of the record against the last step.
     base_depth: of the `TreeShape`.
     width: of the `TreeShape`.
-    shared: one arm for the whole batch, the best in sum: a step takes as long
-      as its largest row.
+    shared: one arm for the whole batch, the best in weighted sum: a step takes
+      as long as its largest row.
     drafter_hash: see `policy.Policy`.
   """
 
@@ -121,7 +122,7 @@ class Predictive(policy_lib.StatelessPolicy):
   def init_state(self, batch: int) -> RecentState:
     return RecentState(
       recent=jnp.full((batch,), self.prior, jnp.float32),
-      active=jnp.ones((batch,), bool),
+      weight=jnp.ones((batch,), jnp.float32),
     )
 
   def decide(self, state: RecentState, evidence) -> policy_lib.Decision:
@@ -133,9 +134,7 @@ class Predictive(policy_lib.StatelessPolicy):
     gain = tokens - (self.rate * self.times)[None, :]
     if self.shared:
       # The time is the same for all rows: only their tokens add up.
-      gain = jnp.sum(
-        jnp.where(state.active[:, None], gain, 0.0), axis=0, keepdims=True
-      )
+      gain = jnp.sum(state.weight[:, None] * gain, axis=0, keepdims=True)
       gain = jnp.broadcast_to(gain, tokens.shape)
     arm = jnp.argmax(gain, axis=1).astype(jnp.int32)
     return policy_lib.Decision(
@@ -147,6 +146,8 @@ class Predictive(policy_lib.StatelessPolicy):
     new = self.keep * state.recent + (1.0 - self.keep) * accepted
     # A step that drafted nothing says nothing about drafting.
     counted = outcome.active & (outcome.draft_levels > 0)
+    left = outcome.remaining.astype(jnp.float32)
     return RecentState(
-      recent=jnp.where(counted, new, state.recent), active=outcome.active
+      recent=jnp.where(counted, new, state.recent),
+      weight=left / jnp.maximum(jnp.max(left), 1.0),
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.unisparse_jax.speculative.calibration import search_test
-from unisparse_jax.speculative import adaptive, policy, tree
+from unisparse_jax.speculative import policy, tree
 from unisparse_jax.speculative.calibration import fit_thresholds, predictor
 
 
@@ -28,12 +28,17 @@ def evidence(records, index):
   )
 
 
-def outcome(accepted, active=None, levels=2):
+def outcome(accepted, active=None, levels=2, remaining=None):
   accepted = jnp.asarray(accepted, jnp.int32)
+  if remaining is None:
+    remaining = jnp.ones(accepted.shape, jnp.int32)
   if active is None:
     active = jnp.ones(accepted.shape, bool)
   return types.SimpleNamespace(
-    accept_len=accepted, active=active, draft_levels=jnp.int32(levels)
+    accept_len=accepted,
+    active=active,
+    draft_levels=jnp.int32(levels),
+    remaining=jnp.asarray(remaining, jnp.int32),
   )
 
 
@@ -77,11 +82,14 @@ def test_a_shared_batch_takes_one_arm(fitted):
   assert int(nodes[0]) > int(nodes[1])
   together = shared.decide(state, seen)
   assert int(together.nodes[0]) == int(together.nodes[1])
-  # A finished row has no say.
-  only_hard = adaptive.RecentState(
-    recent=state.recent, active=jnp.array([False, True])
-  )
-  assert int(shared.decide(only_hard, seen).nodes[0]) == int(nodes[1])
+  # A finished row has no say, nor has one that is nearly done; both steps
+  # bring what the record expects.
+  mean = [float(state.recent[0])] * 2
+  for left in ([0, 50], [1, 500]):
+    only_hard = shared.update(state, outcome(mean, remaining=left))
+    assert int(shared.decide(only_hard, seen).nodes[0]) == int(nodes[1])
+  only_easy = shared.update(state, outcome(mean, remaining=[500, 1]))
+  assert int(shared.decide(only_easy, seen).nodes[0]) == int(nodes[0])
 
 
 def test_the_record_moves_only_with_drafts(fitted):
