@@ -288,7 +288,15 @@ def unisparse(problem, *, top_p, window_q, window_kv, head_group):
 
 
 def unisparse_threshold(
-  problem, *, min_score, over_queries, window_q, window_kv, head_group
+  problem,
+  *,
+  min_score,
+  over_queries,
+  window_q,
+  window_kv,
+  head_group,
+  num_columns=0,
+  num_last=64,
 ):
   kept = problem.empty()
   group = head_group or problem.group
@@ -303,7 +311,16 @@ def unisparse_threshold(
       is_kept = (scores >= limit) | (scores == scores.max())
       is_kept[list(always_kept(problem, i))] = True
       kept[first : first + group, i] = is_kept
-  return problem.cut(kept), None
+  if not (num_columns and problem.causal):
+    return problem.cut(kept), None
+  columns = np.zeros((problem.num_heads, problem.kv_len), bool)
+  rows = range(max(0, problem.q_len - num_last), problem.q_len)
+  for first in range(0, problem.num_heads, group):
+    heads = range(first, first + group)
+    vertical = sum(masses(problem, head, rows)[0] for head in heads)
+    best = order(vertical)[: min(num_columns, problem.kv_len)]
+    columns[first : first + group, best] = True
+  return problem.cut(kept), columns
 
 
 def streaming(problem, *, num_sink, num_local):

@@ -87,6 +87,16 @@ CASES = {
     head_group=1,
     **WIDE_KEYS,
   ),
+  "unisparse_threshold columns": dict(
+    min_score=1.5,
+    over_queries="mean",
+    window_q=8,
+    window_kv=8,
+    head_group=2,
+    num_columns=7,
+    num_last=9,
+    **BLOCKS,
+  ),
   "streaming": dict(num_sink=20, num_local=33, **BLOCKS),
   "streaming wide": dict(num_sink=0, num_local=32, **WIDE_KEYS),
 }
@@ -134,7 +144,11 @@ def test_blocks_are_those_of_the_published_steps(case, causal, seed):
   )
   columns = None
   if mask.columns is not None:
-    columns = np.asarray(mask.columns.to_dense(CAPACITY))
+    columns = np.repeat(
+      np.asarray(mask.columns.to_dense(CAPACITY)),
+      HEADS // mask.num_mask_heads,
+      axis=1,
+    )
   block_q, block_kv = (settings.pop(x) for x in ("block_q", "block_kv"))
   densities, kinds = [], []
   for b, (offset, kv_len) in enumerate(zip(OFFSETS, KV_LENS, strict=True)):

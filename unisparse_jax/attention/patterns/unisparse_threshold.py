@@ -66,6 +66,7 @@ import math
 import numbers
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import checks
@@ -93,6 +94,9 @@ class UniSparseThreshold:
     num_sink_blocks: first key blocks that every row keeps (causal only).
     num_local_blocks: blocks before the diagonal that every row keeps (causal
       only).
+    num_columns: single keys that every row keeps beside the blocks, those that
+      the last `num_last` queries give most, as in MInference (causal only).
+    num_last: how many queries choose them.
     block_q: queries per block.
     block_kv: keys per block.
     max_blocks: room in each row's list; None: all. The most recent are kept.
@@ -105,6 +109,8 @@ class UniSparseThreshold:
   head_group: int | None = 1
   num_sink_blocks: int = 1
   num_local_blocks: int = 0
+  num_columns: int = 0
+  num_last: int = 64
   block_q: int = 128
   block_kv: int = 128
   max_blocks: int | None = None
@@ -125,6 +131,8 @@ class UniSparseThreshold:
     )
     checks.check_non_negative_int("num_sink_blocks", self.num_sink_blocks)
     checks.check_non_negative_int("num_local_blocks", self.num_local_blocks)
+    checks.check_non_negative_int("num_columns", self.num_columns)
+    checks.check_positive_int("num_last", self.num_last)
     if self.max_blocks is not None:
       checks.check_positive_int("max_blocks", self.max_blocks)
     self._scorer()  # checks the rest
@@ -143,7 +151,11 @@ class UniSparseThreshold:
       kv_len=kv_len,
     )
     scores = self.block_scores(q, k, grid, scale=scale)
-    return self.cut(grid, scores, self.min_score)
+    mask = self.cut(grid, scores, self.min_score)
+    if not (self.num_columns and causal):
+      return mask
+    columns = self._columns(q, k, grid, scores.shape[1], scale)
+    return dataclasses.replace(mask, columns=columns)
 
   def block_scores(
     self, q, k, grid: block_mask.BlockGrid, *, scale: float | None = None
@@ -184,6 +196,24 @@ class UniSparseThreshold:
     kept |= scores >= scores.max(-1, keepdims=True)
     return block_mask.BlockMask.from_dense(
       grid, kept, max_blocks=self.max_blocks
+    )
+
+  def _columns(self, q, k, grid, num_mask_heads, scale):
+    rows, is_counted = profiles.last_rows(grid, self.num_last)
+    profile = profiles.columns_of_rows(
+      q, k, grid, rows[:, 0], is_counted[:, 0], scale=scale
+    )
+    profile = profile.reshape(grid.batch, num_mask_heads, -1, grid.kv_capacity)
+    num_keys = profiles.num_keys(grid)[:, None]
+    key = jnp.arange(grid.kv_capacity, dtype=jnp.int32)[None, :]
+    exists = key < num_keys
+    profile = jnp.where(exists[:, None], profile.sum(2), -jnp.inf)
+    room = min(self.num_columns, grid.kv_capacity)
+    return block_mask.ColumnSet(
+      column_indices=lax.top_k(profile, room)[1].astype(jnp.int32),
+      num_columns=jnp.broadcast_to(
+        jnp.minimum(room, num_keys), profile.shape[:2]
+      ),
     )
 
   def _scorer(self) -> unisparse.UniSparse:

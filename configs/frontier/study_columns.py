@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One threshold and the keys that the last queries look at most.
+
+At 128K MInference's 500 columns answer what thresholds of 4 and 8 lose, with no
+more of the pairs.
+
+Run:     python -m experiments.frontier
+           --config=configs/frontier/study_columns.py:out/study
+           --workdir=out/study/columns
+Device:  one H100 or H200, five minutes or so (not run yet).
+"""
+
+from configs.frontier import study
+
+_LIMITS = tuple((x, x) for x in (16.0, 8.0, 4.0))
+
+
+def get_config(root: str = "out/study"):
+  config = study.get_config(root)
+  ours = next(s for s in config.sweeps if s["label"] == "one threshold")
+  config.sweeps = tuple(
+    dict(
+      ours, label=f"and {columns} columns", values=_LIMITS, num_columns=columns
+    )
+    for columns in (500, 2000)
+  )
+  config.lengths = (131_072, 65_536, 32_768)
+  config.search = False
+  config.samples = 24
+  config.max_seconds = 300.0
+  return config
