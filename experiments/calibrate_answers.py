@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a threshold for each layer and head from what it costs the answers.
+"""Finds settings of a pattern by what they cost the answers.
 
 Recall treats all heads alike, but few of them find what a question asks for:
 the others bear far sparser masks. Here each head's mask alone is made sparser,
@@ -7,10 +7,12 @@ on prompts that dense attention has answered, and the growth of the answers'
 loss is measured. From these the cheapest masks are chosen whose joint growth,
 measured again, stays within a tolerance at every length.
 
-It calibrates thresholds, hence `UniSparseThreshold` alone: a loss is measured
-with limits that are traced values, so one program serves every choice, and 0
-keeps everything. Patterns by top-p are calibrated by recall
-(`experiments.calibrate`), not by what they cost the answers.
+Every pattern with a budget gets one for each of its masks: UniSparse, by key
+head, `top_p` or the threshold's `min_score`; XAttention, FlexPrefill, both
+SampleAttentions and the oracle, by query head, `top_p`; random blocks a
+density. The budgets are traced values, so one program serves every choice.
+MInference, streaming and UniSparse with `top_k` have no budget by head: each
+layer as a whole gets one of the settings in `scorers`.
 
 Writes WORKDIR/calibration_TOLERANCE.json, which `attention.load_calibration`
 and the method "calibrated" of `experiments.long_context` read, and
@@ -48,8 +50,12 @@ def main(argv):
   corpus = long_context_run.training_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.dtype(config.dtype))
   losses = Losses(config, model, corpus, run.writer, run.found())
-  shape = (model.config.num_layers, num_mask_heads(config, model.config))
-  everything = calibrate_answers_search.Choice.keep_all(*shape)
+  num_mask_heads = config.num_mask_heads(model.config)
+  if config.budget_name is None:
+    console.print(f"{config.method} has no budget by head: one for each layer")
+  everything = calibrate_answers_search.Choice.keep_all(
+    model.config.num_layers, num_mask_heads, config.full
+  )
   density, growth = one_by_one(config, losses, everything, console)
 
   choices = calibrate_answers_search.frontier(config, density, growth)
@@ -61,15 +67,9 @@ def main(argv):
     choice, evidence = chosen
     path = run.workdir / f"calibration_{tolerance:g}.json"
     calibration = attention.Calibration(
-      pattern="unisparse_threshold",
+      pattern=config.method,
       settings=flags_and_configs.to_dict(config.settings),
-      layers=tuple(
-        {
-          **flags_and_configs.to_dict(config.scorers[scorers[0]]),
-          "min_score": tuple(round(float(x), 6) for x in limits),
-        }
-        for scorers, limits in zip(choice.scorer, choice.min_score, strict=True)
-      ),
+      layers=config.layer_settings(choice),
       model_sha256=long_context_config.weights_hash(folder),
       target={"nats": tolerance},
       evidence=evidence,
@@ -91,13 +91,13 @@ def one_by_one(config, losses, everything, console):
     console: where the progress goes.
 
   Returns:
-    float [num_layers, num_mask_heads, scorers, limits] twice: the mean density
+    float [num_layers, num_mask_heads, scorers, budgets] twice: the mean density
     over the lengths, inf where a sparser mask did as well; the largest growth
     of the loss over the lengths, in nats. Heads that `max_seconds` did not
-    reach: 1 and 0 at the fullest limit.
+    reach: 1 and 0 at the fullest budget.
   """
-  num_layers, num_heads = everything.scorer.shape
-  shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
+  values = config.head_budgets
+  shape = (*everything.budget.shape, len(config.scorers), len(values))
   density, growth = np.full(shape, np.inf), np.zeros(shape)
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
@@ -117,7 +117,7 @@ def one_by_one(config, losses, everything, console):
         num_left += 1
         continue
       for index in reversed(range(shape[3])):  # from sparse to full
-        one = everything.but(*where, config.min_scores[index])
+        one = everything.but(*where, values[index])
         measured = {n: losses(n, one) for n in config.lengths}
         layer, head, _ = where
         density[*where, index] = np.mean(
@@ -130,16 +130,8 @@ def one_by_one(config, losses, everything, console):
           break
       progress.advance(bar, shape[3])
   if num_left:
-    console.print(f"time is up: {num_left} heads keep the fullest limit")
+    console.print(f"time is up: {num_left} heads keep the fullest budget")
   return density, growth
-
-
-def num_mask_heads(config, model_config: models.DecoderConfig) -> int:
-  """Masks of a layer."""
-  group = config.patterns()[0].head_group
-  if group is None:
-    return model_config.num_kv_heads
-  return model_config.num_heads // group
 
 
 class Losses:

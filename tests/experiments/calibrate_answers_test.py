@@ -13,7 +13,7 @@ from unisparse_jax.data import sources
 
 TINY = dict(
   lengths=(320,),
-  min_scores=(0.01, 40.0),
+  budgets=(0.01, 40.0),
   tolerances=(50.0,),
   settings=dict(over_queries="max", head_group=None, block_q=32, block_kv=32),
 )
@@ -93,32 +93,32 @@ def test_loss_of_full_masks_is_that_of_dense_attention(model_folder):
 
 def test_a_head_that_nothing_depends_on_gets_the_sparsest_mask():
   config = calibrate_answers_search.parse(
-    make_config(min_scores=(0.5, 2.0, 8.0), scorer_cost=(0.0, 0.2))
+    make_config(budgets=(0.5, 2.0, 8.0), scorer_cost=(0.0, 0.2))
   )
   density = np.broadcast_to([0.5, 0.2, 0.1], (2, 2, 2, 3)).copy()
   growth = np.zeros((2, 2, 2, 3))
   # Layer 0, head 1 needs a full mask by the first scorer, not by the second.
   growth[0, 1, 0] = [0.0, 5.0, 50.0]
   choice = calibrate_answers_search.choose(config, density, growth, 1.0)
-  np.testing.assert_array_equal(choice.min_score, [[8.0, 0.5], [8.0, 8.0]])
+  np.testing.assert_array_equal(choice.budget, [[8.0, 0.5], [8.0, 8.0]])
   np.testing.assert_array_equal(choice.scorer, 0)
   # A cheap second scorer takes over in that layer.
   cheap = calibrate_answers_search.parse(
-    make_config(min_scores=(0.5, 2.0, 8.0), scorer_cost=(0.0, 0.01))
+    make_config(budgets=(0.5, 2.0, 8.0), scorer_cost=(0.0, 0.01))
   )
   choice = calibrate_answers_search.choose(cheap, density, growth, 1.0)
-  np.testing.assert_array_equal(choice.min_score, 8.0)
-  np.testing.assert_array_equal(choice.scorer, [[1, 1], [0, 0]])
+  np.testing.assert_array_equal(choice.budget, 8.0)
+  np.testing.assert_array_equal(choice.scorer, [1, 0])
   # Where loss is worth nothing, all are sparse.
   choice = calibrate_answers_search.choose(config, density, growth, 0.0)
-  np.testing.assert_array_equal(choice.min_score, 8.0)
+  np.testing.assert_array_equal(choice.budget, 8.0)
 
 
 @pytest.mark.parametrize(
   "overrides, message",
   [
     (dict(tolerances=(0.0,)), r"tolerances must be above 0; got tolerances="),
-    (dict(min_scores=(2.0, 1.0)), r"min_scores must rise and be above 0"),
+    (dict(budgets=(2.0, 1.0)), r"budgets must go from full to sparse"),
     (dict(scorer_cost=(0.1, 0.2, 0.3)), r"scorer_cost must have one value for"),
     (dict(tasks=("niah",)), r"tasks must be a known name"),
     (dict(scorers=(dict(window_q=3),) * 2), r"window_q must divide block_q"),
