@@ -29,6 +29,7 @@ from absl import app
 from experiments import long_context
 from experiments.frame import flags_and_configs, runs
 from experiments.prefill import (
+  calibrate_answers_loss,
   calibrate_answers_search,
   long_context_config,
   long_context_run,
@@ -59,6 +60,7 @@ def main(argv):
   density, growth = one_by_one(config, losses, everything, console)
 
   choices = calibrate_answers_search.frontier(config, density, growth)
+  single = compare_single(config, losses, everything)
   for tolerance in config.tolerances:
     chosen = sparsest(config, losses, choices, everything, tolerance)
     if chosen is None:
@@ -72,7 +74,7 @@ def main(argv):
       layers=config.layer_settings(choice),
       model_sha256=long_context_config.weights_hash(folder),
       target={"nats": tolerance},
-      evidence=evidence,
+      evidence={**evidence, **single},
     )
     records.write_json(path, calibration.to_json())
     attention.load_calibration(path, model_sha256=calibration.model_sha256)
@@ -150,7 +152,7 @@ class Losses:
     self._writer = writer
     self._known = {(r["length"], r["choice"]): r for r in found}
     self._prompts = {}
-    self._measure = calibrate_answers_search.make_loss(model, config)
+    self._measure = calibrate_answers_loss.make_loss(model, config)
 
   def __call__(self, length, choice):
     key = (length, choice.key)
@@ -164,7 +166,7 @@ class Losses:
       self._known[key] = measured
     return self._known[key]
 
-  def _answered(self, length) -> calibrate_answers_search.Prompts:
+  def _answered(self, length) -> calibrate_answers_loss.Prompts:
     """Prompts of all tasks with dense attention's greedy answers."""
     config, tokenizer = self._config, self._corpus.tokenizer
     longest = max(tasks.TASKS[task].max_new_tokens for task in config.tasks)
@@ -197,7 +199,7 @@ class Losses:
       ended = np.cumsum(is_newline, axis=1) - is_newline
       parts.append((tokens, lengths, answers, ended == 0))
     arrays = [jnp.asarray(np.concatenate(x)) for x in zip(*parts, strict=True)]
-    return calibrate_answers_search.Prompts(
+    return calibrate_answers_loss.Prompts(
       tokens=arrays[0],
       lengths=arrays[1],
       answers=arrays[2],
@@ -223,18 +225,7 @@ def sparsest(config, losses, choices, everything, tolerance):
 
   def measure(index):
     price, choice = choices[index]
-    rows = {}
-    for length in config.lengths:
-      base, measured = losses(length, everything), losses(length, choice)
-      rows[str(length)] = {
-        "growth": measured["loss"] - base["loss"],
-        "exact": measured["exact"],
-        "density": float(np.mean(measured["density"])),
-        "layers": np.mean(measured["density"], axis=1).tolist(),
-        "cost": calibrate_answers_search.cost(
-          config, choice, measured["density"]
-        ),
-      }
+    rows = measure_choice(config, losses, everything, choice)
     fits = all(row["growth"] <= tolerance for row in rows.values())
     return fits, choice, {"price": price, "lengths": rows}
 
@@ -249,6 +240,36 @@ def sparsest(config, losses, choices, everything, tolerance):
   return best
 
 
+def measure_choice(config, losses, everything, choice) -> dict[str, dict]:
+  """By length: what a choice costs, and how much it keeps."""
+  rows = {}
+  for length in config.lengths:
+    base, measured = losses(length, everything), losses(length, choice)
+    rows[str(length)] = {
+      "growth": measured["loss"] - base["loss"],
+      "exact": measured["exact"],
+      "density": float(np.mean(measured["density"])),
+      "layers": np.mean(measured["density"], axis=1).tolist(),
+      "cost": calibrate_answers_search.cost(
+        config, choice, measured["density"]
+      ),
+    }
+  return rows
+
+
+def compare_single(config, losses, everything) -> dict[str, list[dict]]:
+  """Evidence on each setting for all heads alike, where it is asked for."""
+  if not config.compare_single:
+    return {}
+  rows = []
+  for scorer, budget, choice in calibrate_answers_search.alike(
+    config, everything
+  ):
+    lengths = measure_choice(config, losses, everything, choice)
+    rows.append({"scorer": scorer, "budget": budget, "lengths": lengths})
+  return {"single": rows}
+
+
 def summary(tolerance: float, calibration: attention.Calibration) -> list[str]:
   """Lines on what was found."""
   lines = [f"within {tolerance:g} nats an answer:"]
@@ -257,6 +278,14 @@ def summary(tolerance: float, calibration: attention.Calibration) -> list[str]:
       f"  {int(length):,} tokens: {row['growth']:+.3f} nats, "
       f"{row['exact']:.1%} of the answers kept, density {row['density']:.3f}, "
       f"{row['cost']:.3f} of dense attention's time"
+    )
+  for row in calibration.evidence.get("single", ()):
+    lines.append(
+      f"  scorer {row['scorer']}, {row['budget']:g} for all heads: "
+      + ", ".join(
+        f"{found['growth']:+.3f} nats at density {found['density']:.3f}"
+        for found in row["lengths"].values()
+      )
     )
   lines += [
     f"  layer {layer}: {dict(settings)}"

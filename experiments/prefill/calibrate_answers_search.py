@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's mask costs the answers, and the cheapest masks they bear."""
+"""Which masks a calibration by the answers tries, and the cheapest of them."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float, Int
 
 from experiments.frame import flags_and_configs
 from pallas_kernels import checks
@@ -47,6 +43,8 @@ class CalibrateAnswersConfig:
     implementation: back end of sparse attention; None: the platform's.
     dtype: of weights and activations.
     seed: of the prompts; not that of `experiments.long_context`.
+    compare_single: whether to measure each budget for all heads alike as well,
+      and to note in the evidence what it came to.
     max_seconds: after this many, from the first loss on, no further head is
       tried alone; those left keep the fullest budget. None: all are tried.
   """
@@ -66,6 +64,7 @@ class CalibrateAnswersConfig:
   implementation: str | None = None
   dtype: str = "float32"
   seed: int = 1
+  compare_single: bool = False
   max_seconds: float | None = None
 
   def __post_init__(self):
@@ -182,23 +181,6 @@ def parse(config: Any) -> CalibrateAnswersConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompts:
-  """Prompts of one length, and what dense attention answers.
-
-  Attributes:
-    tokens: int32 [num_prompts, prompt_len], right-padded.
-    lengths: int32 [num_prompts].
-    answers: int32 [num_prompts, answer_len].
-    is_answer: bool [num_prompts, answer_len], up to the first newline.
-  """
-
-  tokens: Int[Array, "num_prompts prompt_len"]
-  lengths: Int[Array, " num_prompts"]
-  answers: Int[Array, "num_prompts answer_len"]
-  is_answer: Bool[Array, "num_prompts answer_len"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
   """Which scorer every layer, and which budget every mask head has.
 
@@ -237,118 +219,6 @@ class Choice:
       for scorer, row in zip(self.scorer, self.budget, strict=True)
       for budget in row
     )
-
-
-def make_loss(
-  model: models.Decoder, config: CalibrateAnswersConfig
-) -> Callable[[Prompts, Choice], dict[str, Any]]:
-  """A function of prompts and a choice; compiled once for each shape.
-
-  It returns "loss", nats of the whole dense answer after a prefill with these
-  masks, mean over the prompts; "exact", the share of prompts whose answer stays
-  the most likely; "density", float [num_layers, num_mask_heads].
-  """
-  patterns = config.patterns()
-  templates = [budgets.split_budget(pattern)[0] for pattern in patterns]
-  has_budgets = config.budget_name is not None
-  if not has_budgets:  # what keeps everything is one more
-    templates.append(
-      attention.Dense(
-        block_q=patterns[0].block_q, block_kv=patterns[0].block_kv
-      )
-    )
-  graphdef, state = nnx.split(model)
-
-  def attend_by(template, q, k, v, budget, *, scale, **where):
-    """Output and density by mask head."""
-    if has_budgets:
-      template = budgets.with_budget(template, budget)
-    mask = template.select(q, k, scale=scale, **where)
-    density = attention.metrics.density(mask)
-    if mask.columns is not None:
-      density = attention.metrics.nominal_density(mask)
-    if not has_budgets:
-      density = density.mean(1, keepdims=True)
-    out = attention.sparse_attention(
-      q, k, v, mask, scale=scale, implementation=config.implementation
-    )
-    return out, density.mean(0)
-
-  @jax.jit
-  def run(state, tokens, lengths, answers, is_answer, scorers, head_budgets):
-    model = nnx.merge(graphdef, state)
-    densities = []
-
-    def attend(q, k, v, **where):
-      layer = len(densities)
-      scorer, budget = scorers[layer], head_budgets[layer]
-      if not has_budgets:
-        is_full = budget[0] == config.full
-        scorer = jnp.where(is_full, len(patterns), scorer)
-      branches = [
-        functools.partial(attend_by, template, **where)
-        for template in templates
-      ]
-      if len(branches) == 1:
-        out, density = branches[0](q, k, v, budget)
-      else:
-        out, density = jax.lax.switch(scorer, branches, q, k, v, budget)
-      densities.append(density)
-      return out
-
-    batch, prompt_len = tokens.shape
-    cache = models.KVCache.init(
-      model.config,
-      batch=batch,
-      capacity=prompt_len + answers.shape[1],
-      dtype=model.dtype,
-    )
-    first, cache = model(
-      tokens,
-      cache=cache,
-      attention_fn=attend,
-      lengths=lengths,
-      logits_for="last",
-      cache_is_empty=True,
-    )
-    rest, _ = model(
-      answers[:, :-1],
-      cache=cache,
-      attention_fn=attention.DenseAttention(implementation="xla"),
-    )
-    logits = jnp.concatenate([first[:, None], rest], axis=1)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p = jnp.take_along_axis(log_p, answers[..., None], axis=-1)[..., 0]
-    agrees = (logits.argmax(-1) == answers) | ~is_answer
-    loss = -jnp.where(is_answer, log_p, 0.0).sum(1)
-    return loss, agrees.all(1), jnp.stack(densities)
-
-  def measure(prompts: Prompts, choice: Choice) -> dict[str, Any]:
-    losses, exact, densities = [], [], []
-    num_prompts = prompts.tokens.shape[0]
-    for start in range(0, num_prompts, config.batch_size):
-      # The last batch is filled up: a new shape would compile again.
-      rows = np.arange(start, start + config.batch_size) % num_prompts
-      num_new = min(config.batch_size, num_prompts - start)
-      loss, is_exact, density = run(
-        state,
-        prompts.tokens[rows],
-        prompts.lengths[rows],
-        prompts.answers[rows],
-        prompts.is_answer[rows],
-        jnp.asarray(choice.scorer, jnp.int32),
-        jnp.asarray(choice.budget, jnp.float32),
-      )
-      losses.append(np.asarray(loss, np.float64)[:num_new])
-      exact.append(np.asarray(is_exact)[:num_new])
-      densities.append(np.asarray(density, np.float64))
-    return {
-      "loss": float(np.concatenate(losses).mean()),
-      "exact": float(np.concatenate(exact).mean()),
-      "density": np.mean(densities, axis=0).tolist(),
-    }
-
-  return measure
 
 
 def choose(
@@ -392,6 +262,25 @@ def frontier(
     choice = choose(config, density, growth, float(price))
     found.setdefault(choice.key, (float(price), choice))
   return list(found.values())
+
+
+def alike(
+  config: CalibrateAnswersConfig, everything: Choice
+) -> list[tuple[int, float, Choice]]:
+  """(scorer, budget, choice) of each setting that all heads may have alike."""
+  return [
+    (
+      scorer,
+      budget,
+      Choice(
+        scorer=np.full_like(everything.scorer, scorer),
+        budget=np.full_like(everything.budget, budget),
+        full=everything.full,
+      ),
+    )
+    for scorer in range(len(config.scorers))
+    for budget in config.head_budgets
+  ]
 
 
 def cost(

@@ -7,7 +7,11 @@ import pytest
 
 from configs.calibrate_answers import default, smoke
 from experiments import calibrate_answers
-from experiments.prefill import calibrate_answers_search, long_context_config
+from experiments.prefill import (
+  calibrate_answers_loss,
+  calibrate_answers_search,
+  long_context_config,
+)
 from unisparse_jax import attention, data, models, records
 from unisparse_jax.data import sources
 
@@ -68,7 +72,7 @@ def test_loss_of_full_masks_is_that_of_dense_attention(model_folder):
   vocab_size = model.config.vocab_size
   tokens = jnp.asarray(rng.integers(0, vocab_size, (1, 200)), jnp.int32)
   answers = jnp.asarray(rng.integers(0, vocab_size, (1, 5)), jnp.int32)
-  prompts = calibrate_answers_search.Prompts(
+  prompts = calibrate_answers_loss.Prompts(
     tokens=tokens,
     lengths=jnp.asarray([190], jnp.int32),
     answers=answers,
@@ -76,7 +80,7 @@ def test_loss_of_full_masks_is_that_of_dense_attention(model_folder):
   )
   shape = (model.config.num_layers, model.config.num_kv_heads)
   everything = calibrate_answers_search.Choice.keep_all(*shape)
-  measure = calibrate_answers_search.make_loss(model, config)
+  measure = calibrate_answers_loss.make_loss(model, config)
   measured = measure(prompts, everything)
   logits, _ = model(jnp.concatenate([tokens[:, :190], answers], axis=1))
   log_p = np.asarray(logits[0, 189:193], np.float64)
