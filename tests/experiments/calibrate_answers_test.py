@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
+import pathlib
+import shutil
 import types
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+import rich.console
 
-from configs.calibrate_answers import default, smoke
+from configs.calibrate_answers import default, smoke, study, top_p
 from experiments import calibrate_answers
 from experiments.prefill import (
   calibrate_answers_loss,
   calibrate_answers_search,
+  calibrate_search,
   long_context_config,
 )
 from unisparse_jax import attention, data, models, records
 from unisparse_jax.data import sources
 
+THRESHOLD = "unisparse_threshold"
 TINY = dict(
   lengths=(320,),
   budgets=(0.01, 40.0),
@@ -24,16 +30,14 @@ TINY = dict(
 
 
 def make_config(**overrides):
-  config = smoke.get_config()
-  with config.unlocked():
-    config.update(overrides)
-  return config
+  # Whole settings: an update would join theirs with those of the file.
+  return ml_collections.ConfigDict(smoke.get_config().to_dict() | overrides)
 
 
 @pytest.fixture
 def run_main(monkeypatch, model_folder, in_process):
   def run(workdir, **overrides):
-    config = make_config(model=str(model_folder), **overrides)
+    config = make_config(**{"model": str(model_folder), **overrides})
     for name, value in (("_CONFIG", config), ("_WORKDIR", str(workdir))):
       holder = types.SimpleNamespace(value=value)
       monkeypatch.setattr(calibrate_answers, name, holder)
@@ -61,6 +65,94 @@ def test_writes_a_calibration_and_measures_nothing_twice(
   assert len(records.read(tmp_path / "records.jsonl")) == len(rows)
   evidence = found.evidence["lengths"]["320"]
   assert 0.0 < evidence["density"] < 1.0
+
+
+def replayed(name):
+  """Losses by length and choice from a record under results/."""
+  rows = records.read(
+    pathlib.Path(__file__).parents[2] / f"results/{name}.jsonl"
+  )
+  known = {(r["length"], r["choice"]): r for r in rows}
+  return lambda length, choice: known[length, choice.key]
+
+
+@pytest.mark.parametrize(
+  ("name", "config", "num_layers", "num_heads", "density"),
+  [
+    ("calibrate_answers_h100", default.get_config(), 8, 2, (0.21, 0.19)),
+    ("calibrate_answers_study_h100", study.get_config(), 8, 2, (0.22,)),
+  ],
+)
+def test_recorded_losses_lead_to_the_same_choice(
+  name, config, num_layers, num_heads, density
+):
+  config.max_seconds = None
+  config = calibrate_answers_search.parse(config)
+  losses = replayed(name)  # KeyError for a choice that was not measured
+  everything = calibrate_answers_search.Choice.keep_all(num_layers, num_heads)
+  console = rich.console.Console(quiet=True)
+  table = calibrate_answers.one_by_one(config, losses, everything, console)
+  choices = calibrate_answers_search.frontier(config, *table)
+  choice, evidence = calibrate_answers.sparsest(
+    config, losses, choices, everything, 0.2
+  )
+  found = [row["density"] for row in evidence["lengths"].values()]
+  np.testing.assert_allclose(found, density, atol=0.005)
+  if name == "calibrate_answers_h100":
+    shipped = attention.load_calibration(
+      long_context_config.model_folder("pylib_12m") / "sparse_attention.json"
+    )
+    assert list(config.layer_settings(choice)) == [
+      {**layer, "min_score": tuple(layer["min_score"])}
+      for layer in shipped.layers
+    ]
+
+
+def half_deaf(model_folder, folder):
+  """A model that hears the first key head of each layer, loudly, alone."""
+  model = models.load_hf(model_folder, dtype=jnp.float32)
+  for block in model.layers:
+    kernel = block.attention.o_proj.kernel
+    rows = kernel.shape[0] // 2
+    kernel[...] = kernel[...].at[:rows].multiply(40.0).at[rows:].set(0.0)
+  models.save_hf(model, folder)
+  shutil.copy(model_folder / "tokenizer.json", folder)
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("method", "settings", "name"),
+  [
+    ("unisparse", dict(window_q=8, window_kv=8), "top_p"),
+    ("xattention", dict(stride=8), "top_p"),
+    ("random_blocks", {}, "density"),
+  ],
+)
+def test_heads_that_the_answer_depends_on_get_more(
+  run_main, tmp_path, model_folder, method, settings, name
+):
+  folder = half_deaf(model_folder, tmp_path / "model")
+  run_main(
+    tmp_path / "run",
+    model=str(folder),
+    method=method,
+    lengths=(320,),
+    settings=dict(block_q=32, block_kv=32, num_sink_blocks=0, **settings),
+    scorers=({},),
+    scorer_cost=(0.0,),
+    budgets=(0.98, 0.05),
+    compare_single=True,
+    tolerances=(1e-3,),
+  )
+  print((tmp_path / "run/calibration_0.001.json").read_text())
+  found = attention.load_calibration(
+    tmp_path / "run/calibration_0.001.json",
+    model_sha256=long_context_config.weights_hash(folder),
+  )
+  for pattern in found.patterns():
+    chosen = getattr(pattern, name)
+    half = len(chosen) // 2
+    assert chosen == (0.98,) * half + (0.05,) * half
 
 
 def test_loss_of_full_masks_is_that_of_dense_attention(model_folder):
@@ -134,8 +226,17 @@ def test_bad_settings(overrides, message):
     calibrate_answers_search.parse(make_config(**overrides))
 
 
-def test_default_config_is_valid():
-  calibrate_answers_search.parse(default.get_config())
+@pytest.mark.parametrize(
+  "config",
+  [
+    default.get_config(),
+    *map(top_p.get_config, calibrate_search.BUDGETS.keys() - {THRESHOLD}),
+  ],
+  ids=lambda config: config.get("method", THRESHOLD),
+)
+def test_configs_are_valid(config):
+  parsed = calibrate_answers_search.parse(config)
+  assert parsed.budget_name == calibrate_search.BUDGETS[parsed.method]
 
 
 def test_the_shipped_calibration_is_for_the_shipped_weights():
