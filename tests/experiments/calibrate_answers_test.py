@@ -94,9 +94,9 @@ def test_recorded_losses_lead_to_the_same_choice(
   console = rich.console.Console(quiet=True)
   table = calibrate_answers.one_by_one(config, losses, everything, console)
   choices = calibrate_answers_search.frontier(config, *table)
-  choice, evidence = calibrate_answers.sparsest(
-    config, losses, choices, everything, 0.2
-  )
+  chosen = calibrate_answers.sparsest(config, losses, choices, everything, 0.2)
+  assert chosen is not None
+  choice, evidence = chosen
   found = [row["density"] for row in evidence["lengths"].values()]
   np.testing.assert_allclose(found, density, atol=0.005)
   if name == "calibrate_answers_h100":
@@ -109,15 +109,23 @@ def test_recorded_losses_lead_to_the_same_choice(
     ]
 
 
-def half_deaf(model_folder, folder):
-  """A model that hears the first key head of each layer, loudly, alone.
+def half_deaf(model_folder, folder, share):
+  """A model that hears only the first heads of each layer, but loudly.
 
   It is sure of its answers, so whatever changes them costs.
+
+  Args:
+    model_folder: of another model.
+    folder: where it goes.
+    share: of the heads of each layer that are heard.
+
+  Returns:
+    The folder.
   """
   model = models.load_hf(model_folder, dtype=jnp.float32)
-  for block in model.layers:
+  for block, heard in zip(model.layers, share, strict=True):
     kernel = block.attention.o_proj.kernel
-    rows = kernel.shape[0] // 2
+    rows = int(heard * kernel.shape[0])
     kernel[...] = kernel[...].at[:rows].multiply(40.0).at[rows:].set(0.0)
   model.norm.scale[...] = 1e4 * model.norm.scale[...]
   models.save_hf(model, folder)
@@ -135,7 +143,7 @@ def half_deaf(model_folder, folder):
 def test_heads_that_the_answer_depends_on_get_more(
   run_main, tmp_path, model_folder, method, settings
 ):
-  folder = half_deaf(model_folder, tmp_path / "model")
+  folder = half_deaf(model_folder, tmp_path / "model", (0.5, 0.5))
   run_main(
     tmp_path / "run",
     model=str(folder),
@@ -166,6 +174,25 @@ BY_LAYER = (
   dict(num_sink=32, num_local=256),
   dict(num_sink=32, num_local=32),
 )
+
+
+def test_a_layer_that_the_answer_depends_on_gets_more(
+  run_main, tmp_path, model_folder
+):
+  folder = half_deaf(model_folder, tmp_path / "model", (1.0, 0.0))
+  run_main(
+    tmp_path / "run",
+    model=str(folder),
+    method="streaming",
+    lengths=(320,),
+    settings=dict(block_q=16, block_kv=16, num_sink=0),
+    scorers=(dict(num_local=1), dict(num_local=320)),
+    scorer_cost=(0.0, 0.0),
+    budgets=(),
+    tolerances=(1e-3,),
+  )
+  found = attention.load_calibration(tmp_path / "run/calibration_0.001.json")
+  assert [layer["num_local"] for layer in found.layers] == [320, 1]
 
 
 @pytest.mark.parametrize(
