@@ -7,8 +7,11 @@ Run:     python -m experiments.calibrate_answers
          Of another pattern: --config=configs/calibrate_answers/top_p.py:NAME,
            NAME one of xattention, flexprefill, sample_attention,
            sample_attention_v1, oracle; of random_blocks the density.
-Device:  1 CPU core.
-Expect:  to be filled.
+Device:  1 CPU core: 62 losses, 4 s each where idle; 9 minutes on a busy one.
+Expect:  results/calibrate_answers_top_p_cpu.jsonl: within 0.1 nats density 0.36
+         (calibration_answers_top_p.json), within 0.3 nats 0.29; one top_p for
+         all heads: 0.79 with 0.99, and 1.6 nats at 0.56 with 0.95. Others than
+         UniSparse were not run at this size.
 """
 
 import ml_collections
