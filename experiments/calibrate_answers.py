@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a threshold for each layer and head from what it costs the answers.
+"""Finds settings of a pattern by what they cost the answers.
 
 Recall treats all heads alike, but few of them find what a question asks for:
 the others bear far sparser masks. Here each head's mask alone is made sparser,
@@ -7,10 +7,12 @@ on prompts that dense attention has answered, and the growth of the answers'
 loss is measured. From these the cheapest masks are chosen whose joint growth,
 measured again, stays within a tolerance at every length.
 
-It calibrates thresholds, hence `UniSparseThreshold` alone: a loss is measured
-with limits that are traced values, so one program serves every choice, and 0
-keeps everything. Patterns by top-p are calibrated by recall
-(`experiments.calibrate`), not by what they cost the answers.
+Every pattern with a budget gets one for each of its masks: UniSparse, by key
+head, `top_p` or the threshold's `min_score`; XAttention, FlexPrefill, both
+SampleAttentions and the oracle, by query head, `top_p`; random blocks a
+density. The budgets are traced values, so one program serves every choice.
+MInference, streaming and UniSparse with `top_k` have no budget by head: each
+layer as a whole gets one of the settings in `scorers`.
 
 Writes WORKDIR/calibration_TOLERANCE.json, which `attention.load_calibration`
 and the method "calibrated" of `experiments.long_context` read, and
@@ -27,6 +29,7 @@ from absl import app
 from experiments import long_context
 from experiments.frame import flags_and_configs, runs
 from experiments.prefill import (
+  calibrate_answers_loss,
   calibrate_answers_search,
   long_context_config,
   long_context_run,
@@ -48,11 +51,16 @@ def main(argv):
   corpus = long_context_run.training_code(folder, run.workdir)
   model = models.load_hf(folder, dtype=jnp.dtype(config.dtype))
   losses = Losses(config, model, corpus, run.writer, run.found())
-  shape = (model.config.num_layers, num_mask_heads(config, model.config))
-  everything = calibrate_answers_search.Choice.keep_all(*shape)
+  num_mask_heads = config.num_mask_heads(model.config)
+  if config.budget_name is None:
+    console.print(f"{config.method} has no budget by head: one for each layer")
+  everything = calibrate_answers_search.Choice.keep_all(
+    model.config.num_layers, num_mask_heads, config.full
+  )
   density, growth = one_by_one(config, losses, everything, console)
 
   choices = calibrate_answers_search.frontier(config, density, growth)
+  single = compare_single(config, losses, everything)
   for tolerance in config.tolerances:
     chosen = sparsest(config, losses, choices, everything, tolerance)
     if chosen is None:
@@ -61,18 +69,12 @@ def main(argv):
     choice, evidence = chosen
     path = run.workdir / f"calibration_{tolerance:g}.json"
     calibration = attention.Calibration(
-      pattern="unisparse_threshold",
+      pattern=config.method,
       settings=flags_and_configs.to_dict(config.settings),
-      layers=tuple(
-        {
-          **flags_and_configs.to_dict(config.scorers[scorers[0]]),
-          "min_score": tuple(round(float(x), 6) for x in limits),
-        }
-        for scorers, limits in zip(choice.scorer, choice.min_score, strict=True)
-      ),
+      layers=config.layer_settings(choice),
       model_sha256=long_context_config.weights_hash(folder),
       target={"nats": tolerance},
-      evidence=evidence,
+      evidence={**evidence, **single},
     )
     records.write_json(path, calibration.to_json())
     attention.load_calibration(path, model_sha256=calibration.model_sha256)
@@ -91,13 +93,13 @@ def one_by_one(config, losses, everything, console):
     console: where the progress goes.
 
   Returns:
-    float [num_layers, num_mask_heads, scorers, limits] twice: the mean density
+    float [num_layers, num_mask_heads, scorers, budgets] twice: the mean density
     over the lengths, inf where a sparser mask did as well; the largest growth
     of the loss over the lengths, in nats. Heads that `max_seconds` did not
-    reach: 1 and 0 at the fullest limit.
+    reach: 1 and 0 at the fullest budget.
   """
-  num_layers, num_heads = everything.scorer.shape
-  shape = (num_layers, num_heads, len(config.scorers), len(config.min_scores))
+  values = config.head_budgets
+  shape = (*everything.budget.shape, len(config.scorers), len(values))
   density, growth = np.full(shape, np.inf), np.zeros(shape)
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
@@ -117,7 +119,7 @@ def one_by_one(config, losses, everything, console):
         num_left += 1
         continue
       for index in reversed(range(shape[3])):  # from sparse to full
-        one = everything.but(*where, config.min_scores[index])
+        one = everything.but(*where, values[index])
         measured = {n: losses(n, one) for n in config.lengths}
         layer, head, _ = where
         density[*where, index] = np.mean(
@@ -130,16 +132,8 @@ def one_by_one(config, losses, everything, console):
           break
       progress.advance(bar, shape[3])
   if num_left:
-    console.print(f"time is up: {num_left} heads keep the fullest limit")
+    console.print(f"time is up: {num_left} heads keep the fullest budget")
   return density, growth
-
-
-def num_mask_heads(config, model_config: models.DecoderConfig) -> int:
-  """Masks of a layer."""
-  group = config.patterns()[0].head_group
-  if group is None:
-    return model_config.num_kv_heads
-  return model_config.num_heads // group
 
 
 class Losses:
@@ -158,7 +152,7 @@ class Losses:
     self._writer = writer
     self._known = {(r["length"], r["choice"]): r for r in found}
     self._prompts = {}
-    self._measure = calibrate_answers_search.make_loss(model, config)
+    self._measure = calibrate_answers_loss.make_loss(model, config)
 
   def __call__(self, length, choice):
     key = (length, choice.key)
@@ -172,7 +166,7 @@ class Losses:
       self._known[key] = measured
     return self._known[key]
 
-  def _answered(self, length) -> calibrate_answers_search.Prompts:
+  def _answered(self, length) -> calibrate_answers_loss.Prompts:
     """Prompts of all tasks with dense attention's greedy answers."""
     config, tokenizer = self._config, self._corpus.tokenizer
     longest = max(tasks.TASKS[task].max_new_tokens for task in config.tasks)
@@ -205,7 +199,7 @@ class Losses:
       ended = np.cumsum(is_newline, axis=1) - is_newline
       parts.append((tokens, lengths, answers, ended == 0))
     arrays = [jnp.asarray(np.concatenate(x)) for x in zip(*parts, strict=True)]
-    return calibrate_answers_search.Prompts(
+    return calibrate_answers_loss.Prompts(
       tokens=arrays[0],
       lengths=arrays[1],
       answers=arrays[2],
@@ -231,18 +225,7 @@ def sparsest(config, losses, choices, everything, tolerance):
 
   def measure(index):
     price, choice = choices[index]
-    rows = {}
-    for length in config.lengths:
-      base, measured = losses(length, everything), losses(length, choice)
-      rows[str(length)] = {
-        "growth": measured["loss"] - base["loss"],
-        "exact": measured["exact"],
-        "density": float(np.mean(measured["density"])),
-        "layers": np.mean(measured["density"], axis=1).tolist(),
-        "cost": calibrate_answers_search.cost(
-          config, choice, measured["density"]
-        ),
-      }
+    rows = measure_choice(config, losses, everything, choice)
     fits = all(row["growth"] <= tolerance for row in rows.values())
     return fits, choice, {"price": price, "lengths": rows}
 
@@ -257,6 +240,36 @@ def sparsest(config, losses, choices, everything, tolerance):
   return best
 
 
+def measure_choice(config, losses, everything, choice) -> dict[str, dict]:
+  """By length: what a choice costs, and how much it keeps."""
+  rows = {}
+  for length in config.lengths:
+    base, measured = losses(length, everything), losses(length, choice)
+    rows[str(length)] = {
+      "growth": measured["loss"] - base["loss"],
+      "exact": measured["exact"],
+      "density": float(np.mean(measured["density"])),
+      "layers": np.mean(measured["density"], axis=1).tolist(),
+      "cost": calibrate_answers_search.cost(
+        config, choice, measured["density"]
+      ),
+    }
+  return rows
+
+
+def compare_single(config, losses, everything) -> dict[str, list[dict]]:
+  """Evidence on each setting for all heads alike, where it is asked for."""
+  if not config.compare_single:
+    return {}
+  rows = []
+  for scorer, budget, choice in calibrate_answers_search.alike(
+    config, everything
+  ):
+    lengths = measure_choice(config, losses, everything, choice)
+    rows.append({"scorer": scorer, "budget": budget, "lengths": lengths})
+  return {"single": rows}
+
+
 def summary(tolerance: float, calibration: attention.Calibration) -> list[str]:
   """Lines on what was found."""
   lines = [f"within {tolerance:g} nats an answer:"]
@@ -265,6 +278,14 @@ def summary(tolerance: float, calibration: attention.Calibration) -> list[str]:
       f"  {int(length):,} tokens: {row['growth']:+.3f} nats, "
       f"{row['exact']:.1%} of the answers kept, density {row['density']:.3f}, "
       f"{row['cost']:.3f} of dense attention's time"
+    )
+  for row in calibration.evidence.get("single", ()):
+    lines.append(
+      f"  scorer {row['scorer']}, {row['budget']:g} for all heads: "
+      + ", ".join(
+        f"{found['growth']:+.3f} nats at density {found['density']:.3f}"
+        for found in row["lengths"].values()
+      )
     )
   lines += [
     f"  layer {layer}: {dict(settings)}"

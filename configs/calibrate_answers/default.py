@@ -45,6 +45,6 @@ def get_config():
   )
   # Of dense attention's time, 8,192 tokens, 2 CPU cores.
   config.scorer_cost = (0.006, 0.022, 0.086)
-  config.min_scores = (0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 12.0, 40.0)
+  config.budgets = (0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 12.0, 40.0)
   config.tolerances = (0.06, 0.12, 0.2)
   return config

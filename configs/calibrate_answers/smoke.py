@@ -17,6 +17,6 @@ def get_config():
   config.samples = 1
   config.scorers = config.scorers[1:]
   config.scorer_cost = config.scorer_cost[1:]
-  config.min_scores = (2.5, 12.0)
+  config.budgets = (2.5, 12.0)
   config.tolerances = (0.3, 3.0)
   return config

@@ -18,7 +18,7 @@ def get_config(root: str = "out/study"):
   config.tasks = ("niah_single_1",)
   config.samples = 2
   config.batch_size = 2
-  config.min_scores = (2.5, 12.0)
+  config.budgets = (2.5, 12.0)
   # Whatever it costs.
   config.tolerances = (0.2, 1000.0)
   config.implementation = "xla"

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's mask costs the answers, and the cheapest masks they bear."""
+"""Which masks a calibration by the answers tries, and the cheapest of them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float, Int
 
 from experiments.frame import flags_and_configs
 from pallas_kernels import checks
 from unisparse_jax import attention, models, tasks
+from unisparse_jax.attention import budgets
 
 _PRICES = np.geomspace(1e-3, 1e3, 400)  # nats a density, of the search
 
@@ -28,20 +26,27 @@ class CalibrateAnswersConfig:
     tasks: names in `tasks.TASKS`.
     samples: prompts of each task and length.
     batch_size: prompts run together.
-    negligible: nats; a head's limits below one whose growth is no larger are
-      not tried.
-    settings: of `UniSparseThreshold`, the same everywhere.
-    scorers: settings that a layer may have beside them.
+    method: the pattern, a name in `attention.PATTERNS`.
+    negligible: nats; a head's budgets fuller than one whose growth is no larger
+      are not tried.
+    settings: of the pattern, the same everywhere.
+    scorers: settings that a layer may have beside them: ways to score or, for
+      a pattern without budgets, all that is chosen.
     scorer_cost: time of each scorer, in the time of dense attention.
-    min_scores: limits that a head may have, rising; 0 keeps everything and is
-      always among them.
+    budgets: values that a head's budget may have (`calibrate_search.BUDGETS`:
+      top_p, min_score or density), from full to sparse. Their growth is
+      measured against heads that keep everything. None for a pattern that has
+      no budget by head (minference, streaming, UniSparse with top_k): its
+      layers are calibrated as wholes.
     tolerances: nats that an answer's loss may grow by in the mean, at each of
       the lengths; a calibration is written for each.
     implementation: back end of sparse attention; None: the platform's.
     dtype: of weights and activations.
     seed: of the prompts; not that of `experiments.long_context`.
+    compare_single: whether to measure each budget for all heads alike as well,
+      and to note in the evidence what it came to.
     max_seconds: after this many, from the first loss on, no further head is
-      tried alone; those left keep the fullest limit. None: all are tried.
+      tried alone; those left keep the fullest budget. None: all are tried.
   """
 
   model: str
@@ -49,8 +54,9 @@ class CalibrateAnswersConfig:
   tasks: tuple[str, ...]
   scorers: tuple
   scorer_cost: tuple[float, ...]
-  min_scores: tuple[float, ...]
   tolerances: tuple[float, ...]
+  budgets: tuple[float, ...] = ()
+  method: str = "unisparse_threshold"
   samples: int = 6
   batch_size: int = 1
   negligible: float = 0.002
@@ -58,6 +64,7 @@ class CalibrateAnswersConfig:
   implementation: str | None = None
   dtype: str = "float32"
   seed: int = 1
+  compare_single: bool = False
   max_seconds: float | None = None
 
   def __post_init__(self):
@@ -66,7 +73,7 @@ class CalibrateAnswersConfig:
     checks.require(
       self.negligible >= 0.0, "negligible", "be 0 or more", self.negligible
     )
-    for name in ("lengths", "tasks", "scorers", "min_scores", "tolerances"):
+    for name in ("lengths", "tasks", "scorers", "tolerances"):
       value = getattr(self, name)
       checks.require(len(value) > 0, name, "not be empty", value)
     for task in self.tasks:
@@ -79,27 +86,91 @@ class CalibrateAnswersConfig:
       f"{len(self.scorers)} values",
     )
     checks.require(
-      list(self.min_scores) == sorted(set(self.min_scores))
-      and self.min_scores[0] > 0.0,
-      "min_scores",
-      "rise and be above 0",
-      self.min_scores,
-    )
-    checks.require(
       all(t > 0.0 for t in self.tolerances),
       "tolerances",
       "be above 0",
       self.tolerances,
     )
     checks.check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-    self.patterns()
+    self._check_budgets()
 
-  def patterns(self) -> tuple[attention.UniSparseThreshold, ...]:
-    """One for each scorer."""
+  def _check_budgets(self):
+    names = {budgets.budget_name(p) for p in self.patterns()}
+    checks.require(
+      len(names) == 1,
+      "scorers",
+      "all have a budget by head or all have none",
+      self.scorers,
+    )
+    name = self.budget_name
+    if name is None:
+      checks.require(
+        not self.budgets,
+        "budgets",
+        f"be empty for {self.method}, which has no budget by head",
+        self.budgets,
+        "() and, in scorers, what a layer may have",
+      )
+      checks.require(
+        self.max_seconds is None,
+        "max_seconds",
+        f"be None for {self.method}: none of scorers keeps everything",
+        self.max_seconds,
+      )
+      return
+    checks.require(len(self.budgets) > 0, "budgets", "not be empty", ())
+    sign = -1.0 if self.full > 0.0 else 1.0
+    rising = [sign * budget for budget in (self.full, *self.budgets)]
+    checks.require(
+      rising == sorted(set(rising)),
+      "budgets",
+      "go from full to sparse",
+      self.budgets,
+      f"values of {name} that {'fall' if sign < 0.0 else 'rise'} from less "
+      f"than everything, {self.full:g}",
+    )
+    for budget in self.budgets:
+      self.patterns(**{name: budget})
+
+  def patterns(self, **own: Any) -> tuple[attention.Pattern, ...]:
+    """One for each scorer, with settings of a head or layer."""
+    settings = flags_and_configs.to_dict(self.settings)
     return tuple(
-      attention.UniSparseThreshold(**{**self.settings, **scorer})
+      attention.make_pattern(self.method, **{**settings, **scorer, **own})
       for scorer in map(flags_and_configs.to_dict, self.scorers)
     )
+
+  @property
+  def budget_name(self) -> str | None:
+    """The setting that each head has of its own; None: the method has none."""
+    return budgets.budget_name(self.patterns()[0])
+
+  @property
+  def full(self) -> float:
+    """The budget that keeps everything."""
+    return 0.0 if self.budget_name == "min_score" else 1.0
+
+  @property
+  def head_budgets(self) -> tuple[float, ...]:
+    """`budgets`; of a layer without them, one that stands for its scorer's."""
+    return (0.0,) if self.budget_name is None else self.budgets
+
+  def num_mask_heads(self, model_config: models.DecoderConfig) -> int:
+    """Budgets of a layer; 1 where it is calibrated as a whole."""
+    if self.budget_name is None:
+      return 1
+    return budgets.num_mask_heads(
+      self.patterns()[0], model_config.num_heads, model_config.num_kv_heads
+    )
+
+  def layer_settings(self, choice: "Choice") -> tuple[dict[str, Any], ...]:
+    """What each layer has of its own, as of `attention.Calibration`."""
+    layers = [flags_and_configs.to_dict(self.scorers[i]) for i in choice.scorer]
+    if self.budget_name is not None:
+      for layer, row in zip(layers, choice.budget, strict=True):
+        # float32 has digits that nobody wrote.
+        layer[self.budget_name] = tuple(round(float(x), 6) for x in row)
+    return tuple(layers)
 
 
 def parse(config: Any) -> CalibrateAnswersConfig:
@@ -110,152 +181,50 @@ def parse(config: Any) -> CalibrateAnswersConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompts:
-  """Prompts of one length, and what dense attention answers.
-
-  Attributes:
-    tokens: int32 [num_prompts, prompt_len], right-padded.
-    lengths: int32 [num_prompts].
-    answers: int32 [num_prompts, answer_len].
-    is_answer: bool [num_prompts, answer_len], up to the first newline.
-  """
-
-  tokens: Int[Array, "num_prompts prompt_len"]
-  lengths: Int[Array, " num_prompts"]
-  answers: Int[Array, "num_prompts answer_len"]
-  is_answer: Bool[Array, "num_prompts answer_len"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-  """Which scorer and limit every mask head of every layer has.
+  """Which scorer every layer, and which budget every mask head has.
 
   Attributes:
-    scorer: int [num_layers, num_mask_heads], index of a scorer.
-    min_score: float [num_layers, num_mask_heads].
+    scorer: int [num_layers], index of a scorer.
+    budget: float [num_layers, num_mask_heads]; of a pattern without budgets
+      [num_layers, 1], `full` or 0: as the scorer says.
+    full: the budget that keeps everything.
   """
 
-  scorer: Int[np.ndarray, "num_layers num_mask_heads"]
-  min_score: Float[np.ndarray, "num_layers num_mask_heads"]
+  scorer: Int[np.ndarray, " num_layers"]
+  budget: Float[np.ndarray, "num_layers num_mask_heads"]
+  full: float = 0.0
 
   @classmethod
-  def keep_all(cls, num_layers: int, num_mask_heads: int) -> "Choice":
-    shape = (num_layers, num_mask_heads)
+  def keep_all(
+    cls, num_layers: int, num_mask_heads: int, full: float = 0.0
+  ) -> "Choice":
     return cls(
-      scorer=np.zeros(shape, np.int32), min_score=np.zeros(shape, np.float32)
+      scorer=np.zeros(num_layers, np.int32),
+      budget=np.full((num_layers, num_mask_heads), full, np.float32),
+      full=full,
     )
 
-  def but(self, layer: int, head: int, scorer: int, min_score: float):
-    """The same with another setting of one head."""
-    scorers, limits = self.scorer.copy(), self.min_score.copy()
-    scorers[layer, head], limits[layer, head] = scorer, min_score
-    return Choice(scorer=scorers, min_score=limits)
+  def but(self, layer: int, head: int, scorer: int, budget: float) -> "Choice":
+    """The same with one layer's scorer and the budget of one head changed."""
+    scorers, budgets_ = self.scorer.copy(), self.budget.copy()
+    scorers[layer], budgets_[layer, head] = scorer, budget
+    return Choice(scorer=scorers, budget=budgets_, full=self.full)
 
   @property
   def key(self) -> str:
-    """Names it in a record."""
+    """Names it in a record; a head that keeps everything needs no scorer."""
     return " ".join(
-      f"{s}:{m:g}"
-      for s, m in zip(self.scorer.flat, self.min_score.flat, strict=True)
+      f"{0 if budget == self.full else scorer}:{budget:g}"
+      for scorer, row in zip(self.scorer, self.budget, strict=True)
+      for budget in row
     )
-
-
-def make_loss(
-  model: models.Decoder, config: CalibrateAnswersConfig
-) -> Callable[[Prompts, Choice], dict[str, Any]]:
-  """A function of prompts and a choice; compiled once for each shape.
-
-  It returns "loss", nats of the whole dense answer after a prefill with these
-  masks, mean over the prompts; "exact", the share of prompts whose answer stays
-  the most likely; "density", float [num_layers, num_mask_heads].
-  """
-  patterns = config.patterns()
-  graphdef, state = nnx.split(model)
-
-  @jax.jit
-  def run(state, tokens, lengths, answers, is_answer, scorers, limits):
-    model = nnx.merge(graphdef, state)
-    densities = []
-
-    def attend(q, k, v, *, causal, scale, q_offset, kv_len):
-      layer = len(densities)
-      grid = attention.BlockGrid.create(
-        q,
-        k,
-        block_q=patterns[0].block_q,
-        block_kv=patterns[0].block_kv,
-        causal=causal,
-        q_offset=q_offset,
-        kv_len=kv_len,
-      )
-      scores = jnp.stack([p.block_scores(q, k, grid) for p in patterns])
-      index = scorers[layer][None, None, :, None, None]
-      scores = jnp.take_along_axis(scores, index, axis=0)[0]
-      mask = patterns[0].cut(grid, scores, limits[layer])
-      densities.append(attention.metrics.density(mask).mean(0))
-      return attention.sparse_attention(
-        q, k, v, mask, scale=scale, implementation=config.implementation
-      )
-
-    batch, prompt_len = tokens.shape
-    cache = models.KVCache.init(
-      model.config,
-      batch=batch,
-      capacity=prompt_len + answers.shape[1],
-      dtype=model.dtype,
-    )
-    first, cache = model(
-      tokens,
-      cache=cache,
-      attention_fn=attend,
-      lengths=lengths,
-      logits_for="last",
-      cache_is_empty=True,
-    )
-    rest, _ = model(
-      answers[:, :-1],
-      cache=cache,
-      attention_fn=attention.DenseAttention(implementation="xla"),
-    )
-    logits = jnp.concatenate([first[:, None], rest], axis=1)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p = jnp.take_along_axis(log_p, answers[..., None], axis=-1)[..., 0]
-    agrees = (logits.argmax(-1) == answers) | ~is_answer
-    loss = -jnp.where(is_answer, log_p, 0.0).sum(1)
-    return loss, agrees.all(1), jnp.stack(densities)
-
-  def measure(prompts: Prompts, choice: Choice) -> dict[str, Any]:
-    losses, exact, densities = [], [], []
-    num_prompts = prompts.tokens.shape[0]
-    for start in range(0, num_prompts, config.batch_size):
-      # The last batch is filled up: a new shape would compile again.
-      rows = np.arange(start, start + config.batch_size) % num_prompts
-      num_new = min(config.batch_size, num_prompts - start)
-      loss, is_exact, density = run(
-        state,
-        prompts.tokens[rows],
-        prompts.lengths[rows],
-        prompts.answers[rows],
-        prompts.is_answer[rows],
-        jnp.asarray(choice.scorer, jnp.int32),
-        jnp.asarray(choice.min_score, jnp.float32),
-      )
-      losses.append(np.asarray(loss, np.float64)[:num_new])
-      exact.append(np.asarray(is_exact)[:num_new])
-      densities.append(np.asarray(density, np.float64))
-    return {
-      "loss": float(np.concatenate(losses).mean()),
-      "exact": float(np.concatenate(exact).mean()),
-      "density": np.mean(densities, axis=0).tolist(),
-    }
-
-  return measure
 
 
 def choose(
   config: CalibrateAnswersConfig,
-  density: Float[np.ndarray, "layers heads scorers limits"],
-  growth: Float[np.ndarray, "layers heads scorers limits"],
+  density: Float[np.ndarray, "layers heads scorers budgets"],
+  growth: Float[np.ndarray, "layers heads scorers budgets"],
   price: float,
 ) -> Choice:
   """The choice of least cost when a nat of loss is worth `price` of density.
@@ -267,26 +236,25 @@ def choose(
     price: mean density that one nat is worth.
   """
   num_layers, num_heads, num_scorers, _ = density.shape
+  assert num_scorers == len(config.scorers), "one column for each scorer"
   # What a layer's time and loss come to, by head.
   cost = density / (num_layers * num_heads)
   cost = cost + price * np.maximum(growth, 0.0)
-  best_limit = cost.argmin(-1)
+  best = cost.argmin(-1)
   by_scorer = cost.min(-1).sum(1) + np.asarray(config.scorer_cost) / num_layers
   scorer = by_scorer.argmin(-1)  # [layers]
-  limit = np.take_along_axis(
-    best_limit, scorer[:, None, None].repeat(num_heads, 1), axis=2
-  )[..., 0]
-  assert num_scorers == len(config.scorers), "one column for each scorer"
+  best = np.take_along_axis(best, scorer[:, None, None], axis=2)[..., 0]
   return Choice(
-    scorer=np.repeat(scorer[:, None], num_heads, 1).astype(np.int32),
-    min_score=np.asarray(config.min_scores, np.float32)[limit],
+    scorer=scorer.astype(np.int32),
+    budget=np.asarray(config.head_budgets, np.float32)[best],
+    full=config.full,
   )
 
 
 def frontier(
   config: CalibrateAnswersConfig,
-  density: Float[np.ndarray, "layers heads scorers limits"],
-  growth: Float[np.ndarray, "layers heads scorers limits"],
+  density: Float[np.ndarray, "layers heads scorers budgets"],
+  growth: Float[np.ndarray, "layers heads scorers budgets"],
 ) -> list[tuple[float, Choice]]:
   """Different choices from sparse to full, each with its first price."""
   found: dict[str, tuple[float, Choice]] = {}
@@ -296,9 +264,28 @@ def frontier(
   return list(found.values())
 
 
+def alike(
+  config: CalibrateAnswersConfig, everything: Choice
+) -> list[tuple[int, float, Choice]]:
+  """(scorer, budget, choice) of each setting that all heads may have alike."""
+  return [
+    (
+      scorer,
+      budget,
+      Choice(
+        scorer=np.full_like(everything.scorer, scorer),
+        budget=np.full_like(everything.budget, budget),
+        full=everything.full,
+      ),
+    )
+    for scorer in range(len(config.scorers))
+    for budget in config.head_budgets
+  ]
+
+
 def cost(
   config: CalibrateAnswersConfig, choice: Choice, density: Sequence
 ) -> float:
   """Time of all layers' attention, in that of dense attention."""
-  scoring = np.asarray(config.scorer_cost)[choice.scorer[:, 0]].mean()
+  scoring = np.asarray(config.scorer_cost)[choice.scorer].mean()
   return float(np.mean(density) + scoring)

@@ -13,19 +13,14 @@ import numpy as np
 from experiments.frame import flags_and_configs
 from pallas_kernels import checks
 from unisparse_jax import attention, data, evaluation, tasks
-from unisparse_jax.attention import calibration
+from unisparse_jax.attention import budgets, calibration
 from unisparse_jax.attention.patterns import minference
 
 # Field that sets how much a head keeps.
 BUDGETS = {
-  "flexprefill": "top_p",
-  "oracle": "top_p",
-  "random_blocks": "density",
-  "sample_attention": "top_p",
-  "sample_attention_v1": "top_p",
-  "unisparse": "top_p",
-  "unisparse_threshold": "min_score",
-  "xattention": "top_p",
+  name: budgets.BUDGETS[pattern]
+  for name, pattern in attention.PATTERNS.items()
+  if pattern in budgets.BUDGETS
 }
 PROFILER = "xattention_profiler"
 SEARCHES = ("minference_recall", "minference_error")

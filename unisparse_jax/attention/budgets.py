@@ -43,6 +43,13 @@ BUDGETS = {
 _PLACEHOLDER = 0.5  # what a template has in place of its budget
 
 
+def budget_name(pattern: selector.Pattern) -> str | None:
+  """The setting in `BUDGETS`; None where no array may take its place."""
+  if getattr(pattern, "top_k", None) is not None:
+    return None
+  return BUDGETS.get(type(pattern))
+
+
 def split_budget(
   pattern: selector.Pattern,
 ) -> tuple[selector.Pattern, Float[np.ndarray, "..."] | None]:
@@ -55,8 +62,8 @@ def split_budget(
     The template, equal for patterns that differ in their budget alone, and
     float32 [] or [num_mask_heads]; None where the budget must stay static.
   """
-  name = BUDGETS.get(type(pattern))
-  if name is None or getattr(pattern, "top_k", None) is not None:
+  name = budget_name(pattern)
+  if name is None:
     return pattern, None
   budget = np.asarray(getattr(pattern, name), np.float32)
   return dataclasses.replace(pattern, **{name: _PLACEHOLDER}), budget  # type: ignore

@@ -114,7 +114,7 @@ class Calibration:
 def load_calibration(
   path: pathlib.Path | str, *, model_sha256: str | None = None
 ) -> Calibration:
-  """Reads a calibration that `experiments.calibrate` wrote.
+  """Reads what `experiments.calibrate` or `calibrate_answers` wrote.
 
   Args:
     path: the JSON file.
