@@ -13,13 +13,12 @@ Expect:  1,000 columns and 4,096 slashes in 63 of 64 heads, 100 blocks in one;
 """
 
 from configs.calibrate import minference
-from unisparse_jax.attention.patterns import minference as pattern
 
 
 def get_config(root: str = "out/study"):
   config = minference.get_config()
   config.model = f"{root}/train/model"
-  config.candidates = pattern.CANDIDATES
+  del config.candidates  # those of the released search, the default
   config.length = 32_768
   config.dense_lengths = (4096, 8192, 16_384, 32_768)
   config.timed_dtype = "bfloat16"
