@@ -76,7 +76,7 @@ def fit(
   like = sized["train"].arms.index((config.fixed_depth, config.fixed_nodes))
   fixed_tokens = float(sized["train"].tokens[:, like].mean())
   tables, comparison = [rule], []
-  rates, step_ms = {}, {}
+  rates = {}
   for cost in costs:
     own = arms.within(cost)
     joint = calibration.by_bin(own, bins, cost, num_bins=calibration.NUM_BINS)
@@ -103,12 +103,8 @@ def fit(
           drafts=bool(choice.rate * cost.plain_ms > 1.0),
         )
       )
-    times = own.times(cost)
     of_batch = learned.within(arms, cost)
-    rate = of_batch.rate(train, own, times)
-    rates[str(cost.batch)] = rate
-    picked = of_batch.choose(train, times, rate)
-    step_ms[str(cost.batch)] = float(times[picked].mean())
+    rates[str(cost.batch)] = of_batch.rate(train, own, own.times(cost))
     comparison.append(
       _of_table("thrifty", sized["test"].within(cost), cost, test_bins, thrifty)
     )
@@ -143,7 +139,6 @@ def fit(
       "keep": learned.keep,
       "arms": arms.arms,
       "rates": rates,
-      "step_ms": step_ms,
     },
   }
   artefact = calibration.Artefact(

@@ -72,11 +72,9 @@ class Predictor:
   ) -> "Predictor":
     """What the arms bring in such a batch, see `search.Arms.within`."""
     weights = np.asarray(self.weights)[:, arms.served(costs)]
-    if costs.packed:
-      # One of the bins' features is 1.
-      more = np.array([n for _, n in arms.arms]) * search.PER_NODE
-      is_bin = np.arange(len(weights)) < policy_lib.NUM_BINS
-      weights = weights + is_bin[:, None] * more
+    # One of the bins' features is 1.
+    is_bin = np.arange(len(weights)) < policy_lib.NUM_BINS
+    weights = weights + is_bin[:, None] * arms.preference(costs)
     return dataclasses.replace(self, weights=weights)
 
   def choose(

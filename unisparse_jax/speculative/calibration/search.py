@@ -21,9 +21,7 @@ from unisparse_jax.speculative.calibration import replay
 
 Arm = tuple[int, int]  # levels, draft nodes without the root
 _ROUNDS = 20
-# Tokens that a node is preferred by between arms that bring the same: of rows
-# that share nodes, one that asks for more gets what the others leave.
-PER_NODE = 1e-4
+_PER_NODE = 1e-4  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +90,16 @@ class Arms:
 
   def within(self, costs: costs_lib.StepCosts) -> "Arms":
     """The same arms with what they bring in such a batch, see `served`."""
-    more = np.array([n for _, n in self.arms], np.float32) * PER_NODE
-    tokens = self.tokens[:, self.served(costs)]
-    return dataclasses.replace(
-      self, tokens=tokens + more if costs.packed else tokens
-    )
+    tokens = self.tokens[:, self.served(costs)] + self.preference(costs)
+    return dataclasses.replace(self, tokens=tokens)
+
+  def preference(self, costs: costs_lib.StepCosts) -> np.ndarray:
+    """float32 [num_arms], tokens, that decides between arms `served` alike.
+
+    Of rows that share nodes, one that asks for more gets what others leave.
+    """
+    nodes = np.array([n for _, n in self.arms], np.float32)
+    return nodes * np.float32(_PER_NODE if costs.packed else 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
