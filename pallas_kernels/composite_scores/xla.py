@@ -2,7 +2,7 @@
 
 A strip's scores stay in a core's cache, and a causal strip is scored against
 the keys up to its own end, rounded up to an eighth of all. Measured on 2 CPU
-cores, float32, 2 groups of head_dim 64, ms by (strip elements, parts):
+cores, float32, 2 groups of head_dim 64, ms by (strip elements, lengths):
 
   tokens, windows   one strip of 2^22, 1   2^18, 1   2^18, 8   2^19, 8   2^20, 8
   8,192, 4 and 4    120 (74 before)           24        20        18        21
@@ -23,12 +23,12 @@ from pallas_kernels.composite_scores import layout
 # Finite: infinities, through the exponential, cost a CPU half as much again.
 _MASKED = -1e30
 _STRIP_ELEMENTS = 1 << 19  # float32 composite scores held at once: 2 MiB
-_PARTS = 8  # lengths of keys that a causal strip is compiled for
+_LENGTHS = 8  # lengths of keys that a causal strip is compiled for
 
 
 def composite_scores(
-  q,  # float32 [batch, num_q_composites, num_groups, head_dim]
-  k,  # float32 [batch, num_k_composites, num_k_groups, head_dim]
+  q,  # [batch, num_q_composites * parts, num_groups, head_dim]
+  k,  # [batch, num_k_composites * parts, num_k_groups, head_dim]
   q_counts,  # int32 [batch, num_q_composites]
   k_counts,  # int32 [batch, num_k_composites]
   q_offset,  # int32 [batch]
@@ -40,9 +40,11 @@ def composite_scores(
   causal,
   scale,
   over_queries,
+  parts,
 ):
   """See `api.composite_scores`."""
   rows, columns = block_q // window_q, block_kv // window_kv
+  q, k = layout.fold_parts(q, k, parts)
   q, q_counts = (layout.pad_composites(x, rows) for x in (q, q_counts))
   k, k_counts = (layout.pad_composites(x, columns) for x in (k, k_counts))
   batch, num_q, num_groups, head_dim = q.shape
@@ -73,7 +75,7 @@ def composite_scores(
     if causal:
       is_past = first_key[None, None, :keys] <= last[:, :, None]
       row_bias = jnp.where(is_past, row_bias, _MASKED)
-    logits += row_bias[:, None, None]
+    logits = logits * scale + row_bias[:, None, None]
     # A row without a key must not become uniform.
     row_max = jnp.maximum(logits.max(-1, keepdims=True), 0.1 * _MASKED)
     p = jnp.exp(logits - row_max)
@@ -88,8 +90,8 @@ def composite_scores(
     missing = num_kv_blocks - visible_blocks
     return jnp.pad(p, ((0, 0),) * 3 + ((0, missing),))
 
-  per_part = -(-num_kv_blocks // _PARTS) if causal else num_kv_blocks
-  lengths = range(per_part, num_kv_blocks + per_part, per_part)
+  per_length = -(-num_kv_blocks // _LENGTHS) if causal else num_kv_blocks
+  lengths = range(per_length, num_kv_blocks + per_length, per_length)
   by_length = [
     functools.partial(score, min(length, num_kv_blocks)) for length in lengths
   ]
@@ -98,11 +100,11 @@ def composite_scores(
     q, last, weight = operands
     if len(by_length) == 1:
       return by_length[0](q, last, weight)
-    part = jnp.max(last) // (per_part * block_kv)
-    part = jnp.clip(part, 0, len(by_length) - 1)
-    return lax.switch(part, by_length, q, last, weight)
+    length = jnp.max(last) // (per_length * block_kv)
+    length = jnp.clip(length, 0, len(by_length) - 1)
+    return lax.switch(length, by_length, q, last, weight)
 
-  grouped = (q * scale).reshape(batch, num_q, num_k_groups, -1, head_dim)
+  grouped = q.reshape(batch, num_q, num_k_groups, -1, head_dim)
   # [num_strips, batch, num_groups, strip_blocks, num_kv_blocks]
   scores = lax.map(
     score_strip,
