@@ -25,7 +25,7 @@ from pallas_kernels import triton_backend
 from pallas_kernels.composite_scores import layout
 
 _LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # finite: a row of masked logits must not make NaN
+_LOWEST = -1e38  # finite: a row of masked logits must not make NaN
 _CHUNK_BYTES = 128  # channels of a long composite that are multiplied at once
 _MAX_SUMS = 1 << 28  # of rows over blocks, held at once: 1 GiB
 
@@ -410,7 +410,8 @@ def _long_kernel(
 def _long_tile_sizes(capability):
   """(composite queries, composite keys, warps, stages) that fit the memory.
 
-  A stage holds `_CHUNK_BYTES` of each: 96 KiB for Hopper, of which two programs
-  share a multiprocessor, 48 KiB for the rest (an L4 has 99). Not measured yet.
+  Chosen by what Triton 3.9 compiles them to, see TUNING.md; times are not
+  measured yet. Two programs share a multiprocessor: 96 KiB and 255 registers
+  each on Hopper, 48 KiB and 235 elsewhere (an L4 has 100 KiB). Neither spills.
   """
-  return (128, 128, 8, 3) if capability == 90 else (64, 128, 4, 2)
+  return (128, 128, 4, 3) if capability == 90 else (64, 128, 4, 3)

@@ -21,7 +21,8 @@ from jax import lax
 from pallas_kernels.composite_scores import layout
 
 # Finite: infinities, through the exponential, cost a CPU half as much again.
-_MASKED = -1e30
+# Below the logits, however large they are.
+_MASKED = -1e38
 _STRIP_ELEMENTS = 1 << 19  # float32 composite scores held at once: 2 MiB
 _LENGTHS = 8  # lengths of keys that a causal strip is compiled for
 
