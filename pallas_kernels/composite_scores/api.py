@@ -1,5 +1,6 @@
 """Public function of the op: contract, validation, dispatch."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
@@ -15,8 +16,8 @@ IMPLEMENTATIONS = {
 
 
 def composite_scores(
-  q: Float[Array, "batch num_q_composites num_groups head_dim"],
-  k: Float[Array, "batch num_k_composites num_k_groups head_dim"],
+  q: Float[Array, "batch num_q_vectors num_groups head_dim"],
+  k: Float[Array, "batch num_k_vectors num_k_groups head_dim"],
   q_counts: Int[Array, "batch num_q_composites"],
   k_counts: Int[Array, "batch num_k_composites"],
   *,
@@ -28,6 +29,7 @@ def composite_scores(
   scale: float | None = None,
   q_offset: int | Int[Array, "..."] = 0,
   over_queries: str = "mean",
+  parts: int = 1,
   implementation: dispatch.Implementation = None,
 ) -> Float[Array, "batch num_groups num_q_blocks num_kv_blocks"]:
   """Softmax between composite tokens, summed over each block of keys.
@@ -38,11 +40,16 @@ def composite_scores(
   window_kv). If causal, u sees w when w's first key is not after u's last
   query. With over_queries="max" the largest over u stands for the weighted sum.
 
+  A composite may be several vectors, as all tokens of a window beside one
+  another: <q_u, k_w> = sum_s <q_u[parts - 1 - s], k_w[s]>, along the
+  antidiagonal of a tile. They are read where they lie.
+
   Args:
-    q: float32 [batch, num_q_composites, num_groups, head_dim]; means over
-      `window_q` queries, as `composite_pooling` makes them.
-    k: float32 [batch, num_k_composites, num_k_groups, head_dim]; means over
-      `window_kv` keys. Query group g reads key group
+    q: [batch, num_q_composites * parts, num_groups, head_dim]; means over
+      `window_q` queries, as `composite_pooling` makes them, or queries.
+      float32, bfloat16 or float16.
+    k: [batch, num_k_composites * parts, num_k_groups, head_dim] of q's dtype;
+      means over `window_kv` keys, or keys. Query group g reads key group
       g // (num_groups // num_k_groups).
     q_counts: int32 [batch, num_q_composites], valid queries in each window.
     k_counts: int32 [batch, num_k_composites], valid keys; 0: never seen.
@@ -57,6 +64,7 @@ def composite_scores(
       their counts, or "max".
     implementation: a name in `IMPLEMENTATIONS`, a sequence of names to try in
       order, or None for this platform's default.
+    parts: consecutive vectors in one composite.
 
   Returns:
     float32 [batch, num_groups, ceil(num_q_composites * window_q / block_q),
@@ -67,25 +75,28 @@ def composite_scores(
     ValueError: shapes, dtypes or sizes disagree.
     NotImplementedError: the named implementation cannot serve these inputs.
 
-  Cost: O(num_q_composites * num_k_composites * head_dim) per group; no
+  Cost: O(num_q_composites * num_k_composites * parts * head_dim) per group; no
     [num_q_composites, num_k_composites] array ("reference" excepted; "xla"
-    holds strips of it). "triton" multiplies in TensorFloat-32.
-  Source: UniSparse (arXiv 2512.14082), attention in the compressed space.
+    holds strips of it). "triton" multiplies float32 in TensorFloat-32.
+  Source: UniSparse (arXiv 2512.14082), attention in the compressed space;
+    XAttention (arXiv 2503.16428), the antidiagonals.
   """
-  axes = ("batch", "num_q_composites", "num_groups", "head_dim")
+  axes = ("batch", "num_q_vectors", "num_groups", "head_dim")
   checks.check_shape("q", q, axes, (None,) * 4)
   batch, num_q, num_groups, head_dim = q.shape
-  axes = ("batch", "num_k_composites", "num_k_groups", "head_dim")
+  axes = ("batch", "num_k_vectors", "num_k_groups", "head_dim")
   checks.check_shape("k", k, axes, (batch, None, None, head_dim))
-  checks.check_dtype("q", q.dtype, ("float32",))
-  checks.check_dtype("k", k.dtype, ("float32",))
+  checks.check_dtype("q", q.dtype, ("float32", "bfloat16", "float16"))
+  checks.check_dtype("k", k.dtype, (jnp.dtype(q.dtype).name,))
+  checks.check_positive_int("parts", parts)
   checks.check_divides("num_k_groups", k.shape[2], "num_groups", num_groups)
   for name, counts, length in (
     ("q_counts", q_counts, num_q),
     ("k_counts", k_counts, k.shape[1]),
   ):
+    checks.check_divides("parts", parts, f"num_{name[0]}_vectors", length)
     axes = ("batch", f"num_{name[0]}_composites")
-    checks.check_shape(name, counts, axes, (batch, length))
+    checks.check_shape(name, counts, axes, (batch, length // parts))
     checks.check_dtype(name, counts.dtype, ("int32",))
   for name, window, block_name, block in (
     ("window_q", window_q, "block_q", block_q),
@@ -111,4 +122,5 @@ def composite_scores(
     causal=causal,
     scale=float(head_dim**-0.5 if scale is None else scale),
     over_queries=over_queries,
+    parts=parts,
   )

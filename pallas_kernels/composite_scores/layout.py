@@ -11,6 +11,25 @@ def pad_composites(x, multiple):
   return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
 
+def fold_parts(q, k, parts):
+  """Composites of `parts` vectors as one longer vector each.
+
+  q, k: [batch, num_composites * parts, num_groups, head_dim] to [batch,
+  num_composites, num_groups, parts * head_dim]; k's parts in reverse, so that
+  plain products go along the antidiagonal.
+  """
+  if parts == 1:
+    return q, k
+
+  def fold(x, order):
+    batch, length, num_groups, head_dim = x.shape
+    x = x.reshape(batch, length // parts, parts, num_groups, head_dim)
+    x = jnp.moveaxis(x[:, :, ::order], 2, 3)
+    return x.reshape(batch, length // parts, num_groups, parts * head_dim)
+
+  return fold(q, 1), fold(k, -1)
+
+
 def key_bias(k_counts, window_kv):
   """float32 [batch, num_k_composites]: log(count / window); -inf where none.
 
@@ -22,9 +41,13 @@ def key_bias(k_counts, window_kv):
 
 
 def last_positions(q_counts, q_offset, window_q):
-  """int32 [batch, num_q_composites]: position of a composite's last query."""
+  """int32 [batch, num_q_composites]: position of a composite's last query.
+
+  -1, before every key, where there is none: padding is not worked on.
+  """
   first = jnp.arange(q_counts.shape[1], dtype=jnp.int32) * window_q
-  return q_offset[:, None] + first[None, :] + q_counts - 1
+  last = q_offset[:, None] + first[None, :] + q_counts - 1
+  return jnp.where(q_counts > 0, last, -1)
 
 
 def row_weights(q_counts, per_block):

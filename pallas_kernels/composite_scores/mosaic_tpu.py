@@ -26,8 +26,8 @@ _TILE_BLOCKS = 128
 
 
 def composite_scores(
-  q,  # float32 [batch, num_q_composites, num_groups, head_dim]
-  k,  # float32 [batch, num_k_composites, num_k_groups, head_dim]
+  q,  # [batch, num_q_composites * parts, num_groups, head_dim]
+  k,  # [batch, num_k_composites * parts, num_k_groups, head_dim]
   q_counts,  # int32 [batch, num_q_composites]
   k_counts,  # int32 [batch, num_k_composites]
   q_offset,  # int32 [batch]
@@ -39,11 +39,17 @@ def composite_scores(
   causal,
   scale,
   over_queries,
+  parts,
   compile_only=False,
   interpret=False,
 ):
   """See `api.composite_scores` and, for the last two, `tpu_backend`."""
   tpu_backend.check(compile_only, interpret)
+  if parts > 1 or q.dtype != jnp.float32:
+    raise NotImplementedError(
+      "mosaic_tpu needs composites of one float32 vector; got "
+      f'parts={parts}, {q.dtype}. Use implementation="xla".'
+    )
   rows, columns = block_q // window_q, block_kv // window_kv
   batch, num_q, num_groups, head_dim = q.shape
   real_q_blocks, real_kv_blocks = (

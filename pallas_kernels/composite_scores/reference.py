@@ -7,8 +7,8 @@ from pallas_kernels.composite_scores import layout
 
 
 def composite_scores(
-  q,  # float32 [batch, num_q_composites, num_groups, head_dim]
-  k,  # float32 [batch, num_k_composites, num_k_groups, head_dim]
+  q,  # [batch, num_q_composites * parts, num_groups, head_dim]
+  k,  # [batch, num_k_composites * parts, num_k_groups, head_dim]
   q_counts,  # int32 [batch, num_q_composites]
   k_counts,  # int32 [batch, num_k_composites]
   q_offset,  # int32 [batch]
@@ -20,9 +20,11 @@ def composite_scores(
   causal,
   scale,
   over_queries,
+  parts,
 ):
   """See `api.composite_scores`."""
   rows, columns = block_q // window_q, block_kv // window_kv
+  q, k = (x.astype(jnp.float32) for x in layout.fold_parts(q, k, parts))
   q, q_counts = (layout.pad_composites(x, rows) for x in (q, q_counts))
   k, k_counts = (layout.pad_composites(x, columns) for x in (k, k_counts))
   k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)

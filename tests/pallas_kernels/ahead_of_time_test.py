@@ -72,9 +72,28 @@ def scores(module, window=16, over_queries="mean", length=LENGTH):
     causal=True,
     scale=0.125,
     over_queries=over_queries,
+    parts=1,
   )
   counts = (array(1, count), array(1, count))
   return fn, (composites, composites, *counts, array(1))
+
+
+def long_scores(module, dtype, stride, head_dim=128, causal=True):
+  counts = (array(1, LENGTH // stride),) * 2
+  q = array(1, LENGTH, 8, head_dim, dtype=dtype)
+  k = array(1, LENGTH, 2, head_dim, dtype=dtype)
+  fn = functools.partial(
+    module.composite_scores,
+    window_q=stride,
+    window_kv=stride,
+    block_q=128,
+    block_kv=128,
+    causal=causal,
+    scale=0.01,
+    over_queries="mean",
+    parts=stride,
+  )
+  return fn, (q, k, *counts, array(1))
 
 
 def columns(module, dtype):
@@ -148,6 +167,9 @@ TRITON = {
   "attention_float32_256": attention(attention_triton, jnp.float32, 256),
   "scores": scores(scores_triton),
   "scores_max": scores(scores_triton, over_queries="max"),
+  "scores_long": long_scores(scores_triton, jnp.bfloat16, 8),
+  "scores_long_float16": long_scores(scores_triton, jnp.float16, 16, 64, False),
+  "scores_long_float32": long_scores(scores_triton, jnp.float32, 4),
   "columns": columns(columns_triton, jnp.bfloat16),
   "selection_top_p": selection(selection_triton, top_k=None, max_blocks=32),
   "selection_top_k": selection(selection_triton, top_k=8, max_blocks=20),
@@ -226,8 +248,8 @@ def test_triton_kernel_lowers_for_cuda(name, capability):
 
 
 def test_the_matrix_of_composite_scores_is_never_an_array():
-  def shapes_of(module):
-    fn, shapes = scores(module)
+  def shapes_of(module, case=scores, **settings):
+    fn, shapes = case(module, **settings)
     if module is scores_triton:
       lowered = ahead_of_time.lower_for_cuda(fn, shapes, 90)
     else:
@@ -238,6 +260,11 @@ def test_the_matrix_of_composite_scores_is_never_an_array():
   matrix = f"x{count}x{count}xf32>"
   assert matrix in shapes_of(scores_reference)
   assert matrix not in shapes_of(scores_triton)
+  long = functools.partial(
+    shapes_of, case=long_scores, dtype=jnp.bfloat16, stride=16
+  )
+  assert matrix in long(scores_reference)
+  assert matrix not in long(scores_triton)
 
 
 def test_a_module_that_triton_would_refuse_is_seen():

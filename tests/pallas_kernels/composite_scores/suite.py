@@ -65,6 +65,58 @@ def make_case(name):
   return arrays, settings
 
 
+# name: batch, q_len, kv_len, heads, kv heads, head_dim, stride, blocks, causal,
+# q_offset, valid keys
+LONG_CASES = {
+  "square": (1, 512, 512, 4, 2, 16, 8, (64, 64), True, 0, None),
+  "ragged": (2, 200, 360, 2, 1, 32, 4, (32, 64), True, 133, (333, 90)),
+  "hidden": (1, 64, 256, 2, 2, 16, 8, (32, 32), True, -40, None),
+  "bidirectional": (1, 136, 80, 2, 2, 8, 4, (32, 32), False, 0, 70),
+}
+
+
+def make_long_case(name, dtype=jnp.float32):
+  """Tokens, a tile of them a composite; a tile counts whole or not at all."""
+  (
+    batch,
+    q_len,
+    kv_len,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    stride,
+    (block_q, block_kv),
+    causal,
+    q_offset,
+    valid,
+  ) = LONG_CASES[name]
+  q, k, _ = helpers.make_qkv(
+    batch=batch,
+    q_len=q_len,
+    kv_len=kv_len,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    dtype=dtype,
+  )
+  valid = np.broadcast_to(kv_len if valid is None else valid, (batch,))
+  tile = stride * np.arange(kv_len // stride)
+  k_counts = np.where(tile < valid[:, None], stride, 0)
+  q_counts = np.full((batch, q_len // stride), stride)
+  arrays = (q, k, *(jnp.asarray(x, jnp.int32) for x in (q_counts, k_counts)))
+  settings = dict(
+    window_q=stride,
+    window_kv=stride,
+    block_q=block_q,
+    block_kv=block_kv,
+    causal=causal,
+    q_offset=q_offset,
+    parts=stride,
+    scale=2.0 / stride,
+  )
+  return arrays, settings
+
+
 def numpy_scores(
   q,
   k,
@@ -78,11 +130,20 @@ def numpy_scores(
   causal,
   q_offset,
   over_queries="mean",
+  parts=1,
+  scale=None,
 ):
   """float64, one composite query at a time."""
   q, k, q_counts, k_counts = (np.asarray(x) for x in (q, k, q_counts, k_counts))
   q, k = q.astype(np.float64), k.astype(np.float64)
-  batch, num_q, num_groups, head_dim = q.shape
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  # [batch, num_composites, num_groups, parts, head_dim]
+  q, k = (
+    np.moveaxis(x.reshape(x.shape[0], -1, parts, *x.shape[2:]), 2, 3)
+    for x in (q, k)
+  )
+  q, k = (x.reshape(*x.shape[:3], -1) for x in (q[:, :, :, ::-1], k))
+  batch, num_q, num_groups, _ = q.shape
   per_k = num_groups // k.shape[2]
   scores = np.zeros(
     (
@@ -99,7 +160,7 @@ def numpy_scores(
       visible &= np.arange(k.shape[1]) * window_kv <= last
     if not visible.any():
       continue
-    logits = k[b, :, g // per_k] @ q[b, u, g] * head_dim**-0.5
+    logits = k[b, :, g // per_k] @ q[b, u, g] * scale
     logits = np.where(visible, logits - logits[visible].max(), -np.inf)
     weight = k_counts[b] * np.exp(logits)
     row = u * window_q // block_q
@@ -149,6 +210,41 @@ class CompositeScoresSuite:
     settings["over_queries"] = "max"
     expected = numpy_scores(*arrays, **settings)
     helpers.assert_same(self.run(arrays, settings), expected, self.tolerance)
+
+  @pytest.mark.parametrize("name", LONG_CASES)
+  def test_long_matches_float64(self, name):
+    arrays, settings = make_long_case(name)
+    scores = self.run(arrays, settings)
+    expected = numpy_scores(*arrays, **settings)
+    assert scores.shape == expected.shape and scores.dtype == jnp.float32
+    helpers.assert_same(scores, expected, self.tolerance)
+    np.testing.assert_array_equal(np.asarray(scores)[expected == 0.0], 0.0)
+
+  def test_long_in_bfloat16_and_the_largest(self):
+    arrays, settings = make_long_case("ragged", jnp.bfloat16)
+    settings["over_queries"] = "max"
+    scores = self.run(arrays, settings)
+    # Products of bfloat16 are exact in float32.
+    helpers.assert_same(scores, numpy_scores(*arrays, **settings), 1e-5)
+
+  def test_long_of_equal_scores(self):
+    (q, k, *counts), settings = make_long_case("square")
+    scores = np.asarray(self.run((q, jnp.ones_like(k), *counts), settings))
+    # A row sees as many composites of every block before its own.
+    for row in range(scores.shape[2]):
+      before = scores[:, :, row, :row]
+      np.testing.assert_array_equal(
+        before, np.broadcast_to(before[..., :1], before.shape)
+      )
+
+  def test_long_sees_one_vector_in_the_wrong_place(self):
+    (q, k, *counts), settings = make_long_case("square")
+    expected = self.run((q, k, *counts), settings)
+    k = k.at[:, 8:16].set(k[:, 15:7:-1])
+    with pytest.raises(AssertionError):
+      helpers.assert_same(
+        self.run((q, k, *counts), settings), expected, self.tolerance
+      )
 
   def test_tolerance_sees_one_hidden_composite(self):
     arrays, settings = make_case("square")
@@ -202,3 +298,4 @@ class BriefSuite(CompositeScoresSuite):
   test_same_bits_twice = None
   test_tolerance_sees_one_hidden_composite = None
   test_extreme_logits = None
+  test_long_sees_one_vector_in_the_wrong_place = None

@@ -19,7 +19,11 @@ from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import triton as scores_triton
 from tests import helpers
 from unisparse_jax.attention import block_mask, scoring
-from unisparse_jax.attention.patterns import unisparse, unisparse_threshold
+from unisparse_jax.attention.patterns import (
+  unisparse,
+  unisparse_threshold,
+  xattention,
+)
 
 # settings of the pattern, lengths, positions
 CASES = {
@@ -238,3 +242,23 @@ def test_unisparse_selects_without_a_sort(settings):
 def test_a_threshold_sorts_numbers_of_blocks_and_no_scores(over_queries):
   pattern = unisparse_threshold.UniSparseThreshold(over_queries=over_queries)
   assert sorts(pattern.select) == ["tensor<1x4x32x32xi32>"]
+
+
+def test_xattention_by_its_kernel_scores_as_by_xla(monkeypatch):
+  q, k, _ = helpers.make_qkv(batch=2, q_len=90, kv_len=200)
+  pattern = xattention.XAttention(stride=4, block_q=32, block_kv=16)
+  kv_len = jnp.asarray([200, 150], jnp.int32)
+  # Past its length nothing may be read as a number.
+  k = k.at[1, 150:].set(jnp.nan)
+  grid = block_mask.BlockGrid.create(
+    q, k, block_q=32, block_kv=16, q_offset=110, kv_len=kv_len
+  )
+  expected = pattern.block_scores(q, k, grid)
+  np.testing.assert_allclose(expected.sum(-1), 1.0, atol=1e-5)
+  by_kernel, _ = back_ends("triton")
+  monkeypatch.setattr(pallas_kernels, "composite_scores", by_kernel)
+  monkeypatch.setattr(
+    scores_triton, "_long_tile_sizes", lambda _: (16, 16, 4, 1)
+  )
+  scores = pattern.block_scores(q, k, grid)
+  np.testing.assert_allclose(scores, expected, atol=1e-6)

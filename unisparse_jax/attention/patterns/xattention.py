@@ -3,24 +3,24 @@
 Source: XAttention (arXiv 2503.16428) and its released code, from which it
 differs in: scores stay float32, any q_offset, batches with ragged lengths.
 
-Its time is that of the scores, which XLA makes: on an H200 (8 heads of 128)
-selection takes 0.65, 2.55, 7.9 and 31.3 ms at 16K to 128K by the threshold
-search and took 0.65, 2.51, 7.5 and 32.2 ms by a sort
-(results/frontier_{quality,study}_h200.jsonl). Stride 16 asks for a quarter of
-the scores and takes a third of the time at 16K
-(results/frontier_default_h200.jsonl).
+Its time is that of the scores. All of them by XLA, those behind the diagonal
+too, as in all records: on an H200 (8 heads of 128) selection took 0.65, 2.55,
+7.9 and 31.3 ms at 16K to 128K by the threshold search and 0.65, 2.51, 7.5 and
+32.2 ms by a sort (results/frontier_{quality,study}_h200.jsonl); stride 16, a
+quarter of the scores, a third of that at 16K
+(results/frontier_default_h200.jsonl). Since then they are `composite_scores`
+of tiles as composites, which skips the future. Predicted, not measured yet:
+pallas_kernels/composite_scores/TUNING.md.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
+import pallas_kernels
 from pallas_kernels import checks
 from unisparse_jax.attention import block_mask, profiles, scoring
-
-_STRIP_ELEMENTS = 1 << 22  # float32 scores held at once: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,68 +97,40 @@ class XAttention:
     checks.check_qkv(q, k, None)
     checks.check_scale(scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    batch, _, num_heads, _ = q.shape
-    stride, num_kv_heads = self.stride, k.shape[2]
-    num_q_blocks, num_kv_blocks = grid.num_q_blocks, grid.num_kv_blocks
-    rows, per_block = self.block_q // stride, self.block_kv // stride
+    stride = self.stride
     num_queries, num_keys = profiles.num_queries(grid), profiles.num_keys(grid)
-
-    def to_tiles(x, num_tiles, length, order):
-      # [batch, len, heads, head_dim] to [batch, tiles, heads, stride * dim]
-      x = jnp.pad(
-        x, ((0, 0), (0, num_tiles * stride - x.shape[1]), (0, 0), (0, 0))
-      )
-      token = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-      is_valid = (token < length[:, None])[:, :, None, None]
-      x = jnp.where(is_valid, x, jnp.zeros((), x.dtype))
-      x = x.reshape(batch, num_tiles, stride, *x.shape[2:])[:, :, ::order]
-      x = jnp.moveaxis(x, 2, 3)
-      return x.reshape(*x.shape[:3], -1)
-
-    q_tiles = to_tiles(q, num_q_blocks * rows, num_queries, -1)
-    k_tiles = to_tiles(k, num_kv_blocks * per_block, num_keys, 1)
-    # [num_q_blocks, batch, rows, num_kv_heads, group, stride * head_dim]
-    strips = q_tiles.reshape(
-      batch, num_q_blocks, rows, num_kv_heads, num_heads // num_kv_heads, -1
+    q, q_counts = self._tiles(q, num_queries)
+    k, k_counts = self._tiles(k, num_keys)
+    scores = pallas_kernels.composite_scores(
+      q,
+      k,
+      q_counts,
+      k_counts,
+      window_q=stride,
+      window_kv=stride,
+      block_q=self.block_q,
+      block_kv=self.block_kv,
+      causal=grid.causal,
+      scale=scale / stride,
+      q_offset=grid.q_offset,
+      parts=stride,
     )
-    strips = jnp.moveaxis(strips, 1, 0)
-    first_key = jnp.arange(k_tiles.shape[1], dtype=jnp.int32) * stride
-    is_sink = jnp.arange(num_kv_blocks, dtype=jnp.int32) == 0
-
-    def score_strip(operands):
-      strip, index = operands
-      attn_logits = (scale / stride) * jnp.einsum(
-        "brhgd,bthd->bhgrt",
-        strip,
-        k_tiles,
-        preferred_element_type=jnp.float32,
-      )
-      # Tiles by their last query and first key; [batch, rows, tiles]
-      first_query = index * self.block_q + stride * jnp.arange(
-        rows, dtype=jnp.int32
-      )
-      visible = first_key[None, None, :] < num_keys[:, None, None]
-      if grid.causal:
-        last = first_query[None, :] + (stride - 1) + grid.q_offset[:, None]
-        visible &= first_key[None, None, :] <= last[:, :, None]
-      is_counted = first_query[None, :] < num_queries[:, None]
-      visible &= is_counted[:, :, None]
-      visible = visible[:, None, None]
-      attn_logits = jnp.where(visible, attn_logits, -jnp.inf)
-      top = attn_logits.max(-1, keepdims=True)
-      p = jnp.exp(attn_logits - jnp.where(jnp.isneginf(top), 0.0, top))
-      mass = p.sum(-1, keepdims=True)
-      p /= jnp.where(mass == 0.0, 1.0, mass)
-      by_block = p.sum(3).reshape(batch, num_heads, num_kv_blocks, per_block)
-      count = is_counted.sum(-1, dtype=jnp.int32)[:, None, None]
-      by_block = by_block.sum(-1) / jnp.maximum(count, 1).astype(jnp.float32)
-      padding = is_sink[None, None, :].astype(jnp.float32)
-      return jnp.where(count > 0, by_block, padding)
-
-    strip_elements = batch * num_heads * rows * k_tiles.shape[1]
-    scores = lax.map(
-      score_strip,
-      (strips, jnp.arange(num_q_blocks, dtype=jnp.int32)),
-      batch_size=max(1, min(num_q_blocks, _STRIP_ELEMENTS // strip_elements)),
+    first_query = self.block_q * jnp.arange(grid.num_q_blocks, dtype=jnp.int32)
+    is_padding = first_query[None, :] >= num_queries[:, None]
+    is_first = jnp.arange(grid.num_kv_blocks, dtype=jnp.int32) == 0
+    return jnp.where(
+      is_padding[:, None, :, None], is_first.astype(jnp.float32), scores
     )
-    return jnp.moveaxis(scores, 0, 2)
+
+  def _tiles(self, x, length):
+    """Tokens up to a multiple of the stride, padding zeroed; their counts.
+
+    A tile that holds a token counts as a whole one.
+    """
+    missing = -x.shape[1] % self.stride
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    token = jnp.arange(x.shape[1], dtype=jnp.int32)
+    is_valid = token[None, :] < length[:, None]
+    counts = jnp.where(is_valid[:, :: self.stride], self.stride, 0)
+    x = jnp.where(is_valid[:, :, None, None], x, jnp.zeros((), x.dtype))
+    return x, counts.astype(jnp.int32)
