@@ -12,7 +12,7 @@ from unisparse_jax.speculative import policy as policy_lib
 
 # Steps that the mean of all rows stands for in a row's own rate, and what it
 # starts from, in break-evens.
-_PRIOR_STEPS = 4.0
+_PRIOR_STEPS = 2.0
 _PRIOR_RATE = 1.5
 _LONGEST = 1024  # plain steps in a row
 
@@ -47,8 +47,9 @@ class Gated(policy_lib.StatelessPolicy):
   A batch is over with its last row, so what counts is how much sooner that one
   ends: each row's own rate says when it would, and the tokens per step of the
   row that would be last stand for the batch. What each drafted step saves, or
-  loses, is added up; once `patience` plain steps are lost, the next `period`
-  steps draft nothing. Then drafting has `look` to lose before the next stretch,
+  loses, is added up; once that is more than the batch's patience, the next
+  `period` steps draft nothing. Many rows tell sooner than one, so the patience
+  of a batch is less. Then drafting has `look` to lose before the next stretch,
   twice as long. Only steps that are over are looked at, so the output stays
   that of plain decoding.
 
@@ -65,8 +66,9 @@ class Gated(policy_lib.StatelessPolicy):
       its levels, in plain steps.
     level_cost: float32 scalar, time of a level.
     period: int32 scalar, plain steps in a row.
-    patience: float32 scalar, plain steps.
-    look: float32 scalar, likewise, after a stretch.
+    patience: float32 scalar, plain steps that one row alone may lose; a batch
+      look + (patience - look) / sqrt(batch).
+    look: float32 scalar, likewise, after a stretch, of any batch.
     most: float32 scalar, what can have been saved and be lost again.
     decay: float32 scalar in [0, 1), weight of the past in a row's rate.
   """
@@ -78,7 +80,7 @@ class Gated(policy_lib.StatelessPolicy):
   patience: Float[Array, ""] | float = 2.0
   look: Float[Array, ""] | float = 0.5
   most: Float[Array, ""] | float = 8.0
-  decay: Float[Array, ""] | float = 0.9
+  decay: Float[Array, ""] | float = 0.95
 
   can_skip = True
 
@@ -97,13 +99,18 @@ class Gated(policy_lib.StatelessPolicy):
   def check(self, shape):
     self.policy.check(shape)
 
+  def _patience(self, batch: int) -> Float[Array, ""]:
+    look = jnp.asarray(self.look, jnp.float32)
+    patience = jnp.asarray(self.patience, jnp.float32)
+    return look + (patience - look) * jnp.float32(batch**-0.5)
+
   def init_state(self, batch: int) -> GateState:
     return GateState(
       inner=self.policy.init_state(batch),
       tokens=jnp.zeros((batch,), jnp.float32),
       steps=jnp.zeros((batch,), jnp.float32),
       balance=jnp.float32(0.0),
-      patience=jnp.asarray(self.patience, jnp.float32),
+      patience=self._patience(batch),
       period=jnp.asarray(self.period, jnp.int32),
       wait=jnp.int32(0),
     )
@@ -157,7 +164,7 @@ class Gated(policy_lib.StatelessPolicy):
       patience=jnp.where(
         closes,
         number(self.look),
-        jnp.where(pays, number(self.patience), state.patience),
+        jnp.where(pays, self._patience(left.shape[0]), state.patience),
       ),
       period=jnp.where(closes, longer, jnp.where(pays, period, state.period)),
       wait=jnp.where(closes, state.period, 0),
