@@ -90,9 +90,8 @@ class FlexPrefill:
     min_blocks = jnp.int32(math.ceil(self.min_budget / self.block_kv))
     length = profiles.num_keys(grid)
     num_blocks = ((length + self.block_kv - 1) // self.block_kv)[:, None]
-    num_columns, num_slashes = (
-      jnp.clip(self._blocks_for_mass(x, top_p), min_blocks, None)
-      for x in (columns, slashes)
+    num_columns, num_slashes = jnp.maximum(
+      self._blocks_for_mass(jnp.stack([columns, slashes]), top_p), min_blocks
     )
     column_blocks = profiles.sum_blocks(columns, self.block_kv)
     slash_blocks = profiles.sum_blocks(slashes, self.block_kv)
@@ -121,11 +120,10 @@ class FlexPrefill:
       grid, kept | is_all[:, :, None, None], max_blocks=self.max_blocks
     )
 
-  def _blocks_for_mass(self, profile, top_p):
+  def _blocks_for_mass(self, mass, top_p):
     """Tokens whose running mass reaches top_p, as a number of blocks."""
-    running = jnp.cumsum(-jnp.sort(-profile, axis=-1), axis=-1)
-    tokens = (running <= top_p[..., None]).sum(-1, dtype=jnp.int32) + 1
-    return tokens // self.block_kv + 1
+    within = scoring.top_within(mass, jnp.broadcast_to(top_p, mass.shape[:-1]))
+    return (within.sum(-1, dtype=jnp.int32) + 1) // self.block_kv + 1
 
   def _pooled(self, q, k, grid):
     """Block means of queries and keys, by query head: float32."""
@@ -165,7 +163,5 @@ class FlexPrefill:
     is_row = first_query[None, :] < profiles.num_queries(grid)[:, None]
     scores = jnp.where(is_row[:, None, :, None], scores, 0.0)
     flat = scores.reshape(*scores.shape[:2], -1)
-    running = jnp.cumsum(-jnp.sort(-flat, axis=-1), axis=-1)
     budget = top_p * is_row.sum(-1)[:, None].astype(jnp.float32)
-    count = (running <= budget[..., None]).sum(-1, dtype=jnp.int32)
-    return scoring.top_count(flat, count).reshape(scores.shape)
+    return scoring.top_within(flat, budget).reshape(scores.shape)
