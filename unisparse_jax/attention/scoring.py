@@ -12,7 +12,7 @@ from unisparse_jax.attention import block_mask
 # 31 bits of a float that is not negative: `top_within` reads the scores once a
 # digit, and a GPU may take all candidates for a digit in that one pass. A CPU
 # does not: for 8 heads of 1024 x 1024 blocks digits of 1, 2, 3 and 4 bits took
-# it 116, 189, 296 and 442 ms, and two sorts 698 ms. Not yet timed on a GPU,
+# it 116, 189, 296 and 442 ms, and a sort 698 ms. Not yet timed on a GPU,
 # where each pass of a short row is a launch: hence more than one bit.
 _DIGIT_BITS = 3
 _NUM_DIGITS = -(-31 // _DIGIT_BITS)
