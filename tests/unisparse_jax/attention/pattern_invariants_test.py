@@ -403,6 +403,66 @@ def test_top_mass(share, most, expected):
   np.testing.assert_array_equal(found, np.asarray(expected, bool))
 
 
+def within_by_sort(scores, budget):
+  """As published: sorted, added up, cut where the sum exceeds the budget."""
+  kept = np.zeros(scores.shape, bool)
+  for row, limit, out in zip(scores, budget, kept, strict=True):
+    falling = np.argsort(-row, kind="stable")
+    out[falling] = np.cumsum(row[falling], dtype=np.float64) <= limit
+  return kept
+
+
+# Sixteenths and multiples of them: a float32 adds them up in any order exactly.
+WITHIN = {
+  "ties": ([8, 3, 3, 8, 1, 3, 3, 0], (0, 7, 8, 16, 17, 19, 22, 25, 28, 29)),
+  "all equal": ([2] * 9, (-1, 0, 1, 2, 5, 17, 18, 19)),
+  "all zero": ([0] * 5, (-1, 0, 1)),
+  "one dominates": (
+    [1, 0, 1, 1 << 20, 1],
+    (3, 1 << 19, 1 << 20, (1 << 20) + 2),
+  ),
+  "one": ([5], (0, 4, 5, 6)),
+  "large and small": (
+    [2.0**100, 2.0**-100, 2.0**100, 2.0**-100],
+    (2.0**-101, 2.0**99, 2.0**100, 2.0**101, 2.0**102),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_top_within(name):
+  from unisparse_jax.attention import scoring
+
+  row, budgets = WITHIN[name]
+  budget = np.asarray(budgets, np.float32) / 16
+  scores = np.tile(np.asarray(row, np.float32) / 16, (len(budget), 1))
+  expected = within_by_sort(scores, budget)
+  find = jax.jit(scoring.top_within)
+  np.testing.assert_array_equal(find(scores, budget), expected)
+  # A zero with a sign is a zero.
+  signed = np.where(scores == 0.0, np.float32(-0.0), scores)
+  np.testing.assert_array_equal(find(signed, budget), expected)
+
+
+def test_top_within_a_head_of_128k_tokens():
+  from unisparse_jax.attention import scoring
+
+  # 512 x 1024 causal blocks, the last rows padding; ties in hundreds.
+  scores = np.random.default_rng(0).integers(0, 24, (2, 512, 1024))
+  scores = np.tril(scores, 512).astype(np.float32) / 16
+  scores[1, 300:] = 0.0
+  scores = scores.reshape(2, -1)
+  total = scores.sum(-1)
+  counts = []
+  for share in (0.0, 0.37, 0.9, 1.0):
+    budget = (share * total).astype(np.float32)
+    found = np.asarray(jax.jit(scoring.top_within)(scores, budget))
+    np.testing.assert_array_equal(found, within_by_sort(scores, budget))
+    counts.append(found.sum())
+  assert counts[0] == 0 and counts[-1] == scores.size
+  assert counts[1] < counts[2] < (scores > 0.0).sum()
+
+
 def test_one_query_that_looks_at_one_place_is_heard():
   """A needle: by the mean over a block it is lost, by the largest it is not."""
   q, k = (np.zeros((1, 256, 1, 8), np.float32) for _ in range(2))

@@ -20,6 +20,7 @@ from pallas_kernels.composite_scores import triton as scores_triton
 from tests import helpers
 from unisparse_jax.attention import block_mask, scoring
 from unisparse_jax.attention.patterns import (
+  flexprefill,
   unisparse,
   unisparse_threshold,
   xattention,
@@ -242,6 +243,12 @@ def test_unisparse_selects_without_a_sort(settings):
 def test_a_threshold_sorts_numbers_of_blocks_and_no_scores(over_queries):
   pattern = unisparse_threshold.UniSparseThreshold(over_queries=over_queries)
   assert sorts(pattern.select) == ["tensor<1x4x32x32xi32>"]
+
+
+def test_flexprefill_sorts_rows_of_blocks_and_no_head_or_key():
+  found = sorts(flexprefill.FlexPrefill().select)
+  # Blocks by column and by slash, and the lists; all are of 32 blocks.
+  assert set(found) == {"tensor<1x4x32xf32>", "tensor<1x4x32x32xi32>"}
 
 
 def test_xattention_by_its_kernel_scores_as_by_xla(monkeypatch):

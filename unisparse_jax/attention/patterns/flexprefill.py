@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy import special
 
 import pallas_kernels
@@ -90,13 +91,12 @@ class FlexPrefill:
     min_blocks = jnp.int32(math.ceil(self.min_budget / self.block_kv))
     length = profiles.num_keys(grid)
     num_blocks = ((length + self.block_kv - 1) // self.block_kv)[:, None]
-    num_columns, num_slashes = (
-      jnp.clip(self._blocks_for_mass(x, top_p), min_blocks, None)
-      for x in (columns, slashes)
+    num_columns, num_slashes = jnp.maximum(
+      self._blocks_for_mass(jnp.stack([columns, slashes]), top_p), min_blocks
     )
     column_blocks = profiles.sum_blocks(columns, self.block_kv)
     slash_blocks = profiles.sum_blocks(slashes, self.block_kv)
-    q_pooled, k_pooled = self._pooled(q, k, grid)
+    k_pooled = self._pooled_keys(q, k, grid)
     is_query_aware = self._predicts(
       q, k_pooled, grid, rows, is_counted, scale, column_blocks
     )
@@ -110,7 +110,13 @@ class FlexPrefill:
     kept |= profiles.touched_by_block_slashes(
       grid, scoring.top_count(slash_blocks, num_slashes)
     )
-    best = self._query_aware_blocks(q_pooled, k_pooled, grid, scale, top_p)
+    # The released code scores the blocks of query-aware heads alone, one head
+    # at a time. Here all at once, or none.
+    best = lax.cond(
+      is_query_aware.any(),
+      lambda: self._query_aware_blocks(q, k_pooled, grid, scale, top_p),
+      lambda: jnp.zeros_like(kept),
+    )
     kept |= best & is_query_aware[:, :, None, None]
     shortest = max(
       self.block_q + self.block_kv,
@@ -121,21 +127,17 @@ class FlexPrefill:
       grid, kept | is_all[:, :, None, None], max_blocks=self.max_blocks
     )
 
-  def _blocks_for_mass(self, profile, top_p):
+  def _blocks_for_mass(self, mass, top_p):
     """Tokens whose running mass reaches top_p, as a number of blocks."""
-    running = jnp.cumsum(-jnp.sort(-profile, axis=-1), axis=-1)
-    tokens = (running <= top_p[..., None]).sum(-1, dtype=jnp.int32) + 1
-    return tokens // self.block_kv + 1
+    within = scoring.top_within(mass, jnp.broadcast_to(top_p, mass.shape[:-1]))
+    return (within.sum(-1, dtype=jnp.int32) + 1) // self.block_kv + 1
 
-  def _pooled(self, q, k, grid):
-    """Block means of queries and keys, by query head: float32."""
-    q_pooled, _ = pallas_kernels.composite_pooling(
-      q, window=self.block_q, length=profiles.num_queries(grid)
-    )
+  def _pooled_keys(self, q, k, grid):
+    """Block means of keys, by query head: float32."""
     k_pooled, _ = pallas_kernels.composite_pooling(
       k, window=self.block_kv, length=profiles.num_keys(grid)
     )
-    return q_pooled, jnp.repeat(k_pooled, q.shape[2] // k.shape[2], axis=2)
+    return jnp.repeat(k_pooled, q.shape[2] // k.shape[2], axis=2)
 
   def _predicts(self, q, k_pooled, grid, rows, is_counted, scale, true_blocks):
     """Heads whose pooled keys predict the last rows' attention."""
@@ -155,8 +157,11 @@ class FlexPrefill:
     ).sum(-1)
     return jnp.sqrt(jnp.maximum(divergence, 0.0)) < self.max_divergence
 
-  def _query_aware_blocks(self, q_pooled, k_pooled, grid, scale, top_p):
+  def _query_aware_blocks(self, q, k_pooled, grid, scale, top_p):
     """Best blocks of a whole head, their running mass at most top_p of all."""
+    q_pooled, _ = pallas_kernels.composite_pooling(
+      q, window=self.block_q, length=profiles.num_queries(grid)
+    )
     attn_logits = scale * jnp.einsum("bihd,bjhd->bhij", q_pooled, k_pooled)
     visible = grid.admissible()[:, None]
     attn_logits = jnp.where(visible, attn_logits, -jnp.inf)
@@ -165,7 +170,5 @@ class FlexPrefill:
     is_row = first_query[None, :] < profiles.num_queries(grid)[:, None]
     scores = jnp.where(is_row[:, None, :, None], scores, 0.0)
     flat = scores.reshape(*scores.shape[:2], -1)
-    running = jnp.cumsum(-jnp.sort(-flat, axis=-1), axis=-1)
     budget = top_p * is_row.sum(-1)[:, None].astype(jnp.float32)
-    count = (running <= budget[..., None]).sum(-1, dtype=jnp.int32)
-    return scoring.top_count(flat, count).reshape(scores.shape)
+    return scoring.top_within(flat, budget).reshape(scores.shape)
