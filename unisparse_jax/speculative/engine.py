@@ -122,41 +122,36 @@ def decode(
   def step(state):
     return _step(target, drafter, policy, state, settings)
 
-  if policy.declines:
-
-    def plain_step(state):
-      return plain_steps.one_step(
-        target,
-        policy,
-        state,
-        is_end=is_end,
-        shape=settings.shape,
-        sampler=settings.sampler,
-      )[0]
-
-    return lax.while_loop(is_running, plain_step, state)
-  if not policy.can_skip:
-    return lax.while_loop(is_running, step, state)
-
-  def drafts(state):
-    return policy.should_draft(state.policy_state, _context(state))
-
-  def body(state):
-    # In a stretch of drafting nothing but its own condition is asked.
-    state = lax.while_loop(
-      lambda state: is_running(state) & drafts(state), step, state
-    )
-    return plain_steps.plain_steps(
+  def plain_stretch(state, wanted):
+    steps_left = jnp.maximum(last_step - state.log.num_steps, 0)
+    return plain_steps.stretch(
       target,
       drafter,
       policy,
       state,
-      wants_plain=lambda state: is_running(state) & ~drafts(state),
+      jnp.minimum(wanted, steps_left),
       is_end=is_end,
       shape=settings.shape,
       sampler=settings.sampler,
       taps=taps_of(target, drafter),
     )
+
+  if policy.declines:
+    return lax.while_loop(
+      is_running, lambda state: plain_stretch(state, last_step), state
+    )
+  if not policy.can_skip:
+    return lax.while_loop(is_running, step, state)
+
+  def wanted(state):
+    return policy.plain_steps(state.policy_state, _context(state))
+
+  def body(state):
+    # In a stretch of drafting nothing but its own condition is asked.
+    state = lax.while_loop(
+      lambda state: is_running(state) & (wanted(state) == 0), step, state
+    )
+    return plain_stretch(state, wanted(state))
 
   return lax.while_loop(is_running, body, state)
 
@@ -245,6 +240,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     draft_levels=draft.levels,
     active=active,
     remaining=jnp.where(done, 0, state.limits - lengths),
+    steps=jnp.int32(1),
   )
   return DecodeState(
     tokens=tree.write_rows(state.tokens, emitted, state.lengths),

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain decoding inside the speculative loop, for as long as no draft pays.
 
-A step here is one of plain decoding and little else. The drafter hears of the
-tokens afterwards, all at once. Loops of zero or one round stand for conditions:
-a `lax.cond` that returns a cache would copy it.
+A step here is one of plain decoding and nothing else. Log, policy and drafter
+hear of a stretch at its end; and most steps are taken in blocks whose length is
+known, as a GPU waits for the host where a loop asks whether to go on. With a
+log entry, an update of the gate and that question at every step, one took 1.35
+ms where plain decoding takes 1.28 (H200, 155M target, batch 16).
+
+Loops of zero or one round stand for conditions: a `lax.cond` that returns a
+cache would copy it.
 """
 
 import dataclasses
@@ -12,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from unisparse_jax import models
 from unisparse_jax.models import sampling
@@ -19,29 +25,30 @@ from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative import tree, verification
 from unisparse_jax.speculative.drafters import base
 
-MAX_STEPS = 32  # then the drafter is told, and the policy asked again
+MAX_STEPS = 64  # then the drafter is told, and the policy asked again
+_BLOCK = 8
 
 
-def plain_steps(
+def stretch(
   target: models.Decoder,
   drafter: base.Drafter,
   policy: policy_lib.Policy,
   state: Any,
+  num_steps: Int[Array, ""],
   *,
-  wants_plain: Callable[[Any], Any],
   is_end: Callable[[Any], Any],
   shape: tree.TreeShape,
   sampler: sampling.Sampler,
   taps: Sequence[int],
 ) -> Any:
-  """Takes up to `MAX_STEPS` plain steps, then extends the drafter if any.
+  """Takes plain steps until every row is done, then tells who has to know.
 
   Args:
     target: the model whose output is produced.
     drafter: its state follows.
-    policy: hears of every step.
+    policy: hears of the stretch.
     state: an `engine.DecodeState`.
-    wants_plain: bool scalar of a state: whether to go on.
+    num_steps: int32 scalar, steps wanted; at most `MAX_STEPS` are taken.
     is_end: which of int32 tokens end a row.
     shape: sizes, for the log.
     sampler: how tokens are drawn.
@@ -51,31 +58,56 @@ def plain_steps(
     The state.
   """
   batch = state.lengths.shape[0]
-  before = state.lengths
+  before, active = state.lengths, ~state.done
+  num_steps = jnp.minimum(num_steps, MAX_STEPS)
   tapped = None
   if taps:
     width = len(taps) * target.config.embed_dim
     tapped = jnp.zeros((batch, MAX_STEPS, width), target.dtype)
 
-  def body(carry):
+  def one(carry):
     step, state, tapped = carry
-    state, new_taps = one_step(
-      target,
-      policy,
-      state,
-      is_end=is_end,
-      shape=shape,
-      sampler=sampler,
-      taps=taps,
+    state, new_taps = _one_step(
+      target, state, is_end=is_end, sampler=sampler, taps=taps
     )
     if tapped is not None:
       tapped = lax.dynamic_update_slice(tapped, new_taps, (0, step, 0))
     return step + 1, state, tapped
 
-  _, state, tapped = lax.while_loop(
-    lambda carry: (carry[0] < MAX_STEPS) & wants_plain(carry[1]),
-    body,
-    (jnp.int32(0), state, tapped),
+  def has_block(carry):
+    step, state, _ = carry
+    left = jnp.where(state.done, 0, state.limits - state.lengths)
+    return (step + _BLOCK <= num_steps) & (jnp.max(left) >= _BLOCK)
+
+  def has_step(carry):
+    step, state, _ = carry
+    return (step < num_steps) & jnp.any(~state.done)
+
+  def block(carry):
+    return lax.fori_loop(0, _BLOCK, lambda _, carry: one(carry), carry)
+
+  carry = (jnp.int32(0), state, tapped)
+  carry = lax.while_loop(has_block, block, carry)
+  taken, state, tapped = lax.while_loop(has_step, one, carry)
+  counts = state.lengths - before
+  zeros = jnp.zeros((batch,), jnp.int32)
+  outcome = policy_lib.Outcome(
+    decision=policy_lib.Decision(depth=zeros, nodes=zeros, bin=zeros),
+    evidence_entropy=jnp.zeros((batch,), jnp.float32),
+    accept_len=zeros,
+    num_emitted=counts,
+    bucket=jnp.int32(0),
+    draft_levels=jnp.int32(0),
+    active=active,
+    remaining=jnp.where(state.done, 0, state.limits - state.lengths),
+    steps=taken,
+  )
+  state = dataclasses.replace(
+    state,
+    policy_state=policy.update(state.policy_state, outcome),
+    log=state.log.append_plain(
+      taken, counts, bucket_size=batch if shape.packed else 1
+    ),
   )
 
   def extend(carry):
@@ -88,7 +120,7 @@ def plain_steps(
       tokens=known[:, :-1],
       next_tokens=known[:, 1:],
       start=before - 1,
-      counts=state.lengths - before,
+      counts=counts,
       taps=tapped,
     )
     drafter_state = drafter.extend(
@@ -102,21 +134,11 @@ def plain_steps(
       state, drafter_state=drafter_state
     )
 
-  has_new = jnp.any(state.lengths > before)
-  _, state = lax.while_loop(lambda carry: carry[0], extend, (has_new, state))
+  _, state = lax.while_loop(lambda carry: carry[0], extend, (taken > 0, state))
   return state
 
 
-def one_step(
-  target: models.Decoder,
-  policy: policy_lib.Policy,
-  state: Any,
-  *,
-  is_end: Callable[[Any], Any],
-  shape: tree.TreeShape,
-  sampler: sampling.Sampler,
-  taps: Sequence[int] = (),
-) -> tuple[Any, Any]:
+def _one_step(target, state, *, is_end, sampler, taps):
   """The state after one token a row, and the taps [batch, 1, ...] or None."""
   batch = state.lengths.shape[0]
   active = ~state.done
@@ -138,32 +160,11 @@ def one_step(
     token = verification.follow(token, state.reference, state.lengths)
   count = active.astype(jnp.int32)
   lengths = state.lengths + count
-  done = state.done | (active & is_end(token)) | (lengths >= state.limits)
-  zeros = jnp.zeros((batch,), jnp.int32)
-  outcome = policy_lib.Outcome(
-    decision=policy_lib.Decision(depth=zeros, nodes=zeros, bin=zeros),
-    evidence_entropy=jnp.zeros((batch,), jnp.float32),
-    accept_len=zeros,
-    num_emitted=count,
-    bucket=jnp.int32(0),
-    draft_levels=jnp.int32(0),
-    active=active,
-    remaining=jnp.where(done, 0, state.limits - lengths),
-  )
   new_state = dataclasses.replace(
     state,
     tokens=tree.write_rows(state.tokens, token[:, None], state.lengths),
     lengths=lengths,
-    done=done,
+    done=state.done | (active & is_end(token)) | (lengths >= state.limits),
     cache=state.cache.append(out.k, out.v, count),
-    policy_state=policy.update(state.policy_state, outcome),
-    log=state.log.append(
-      outcome,
-      draft=tree.root_only(root[:, 0], shape.max_nodes),
-      num_nodes=count,
-      bucket_size=jnp.int32(batch if shape.packed else 1),
-      path=jnp.zeros((batch, shape.max_depth + 1), jnp.int32),
-      score=jnp.zeros((batch,), jnp.float32),
-    ),
   )
   return new_state, out.taps

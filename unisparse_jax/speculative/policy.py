@@ -68,7 +68,7 @@ class Decision:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-  """What a step brought, for policies that learn while decoding.
+  """What a step, or a stretch of plain ones, brought: for policies that learn.
 
   Attributes:
     decision: what was asked for.
@@ -80,6 +80,7 @@ class Outcome:
     active: bool [batch], rows that took part.
     remaining: int32 [batch], tokens that a row may still get; 0 for a finished
       one.
+    steps: int32 scalar, steps that this tells of; more than one only if plain.
   """
 
   decision: Decision
@@ -90,6 +91,7 @@ class Outcome:
   draft_levels: Int[Array, ""]
   active: Any
   remaining: Int[Array, " batch"]
+  steps: Int[Array, ""]
 
 
 @runtime_checkable
@@ -121,11 +123,14 @@ class Policy(Protocol):
 
   @property
   def can_skip(self) -> bool:
-    """Whether `should_draft` may be False. Static."""
+    """Whether `plain_steps` may be other than 0. Static."""
     ...
 
-  def should_draft(self, state: Any, context: Any) -> Any:
-    """bool scalar: whether this step drafts; asked only if `can_skip`."""
+  def plain_steps(self, state: Any, context: Any) -> Any:
+    """int32 scalar: steps to take without a draft before the next question.
+
+    0: the next step drafts. Asked only if `can_skip`; fewer may be taken.
+    """
     ...
 
   def decide(self, state: Any, evidence: Evidence) -> Decision:
@@ -153,9 +158,9 @@ class StatelessPolicy:
     del batch
     return ()
 
-  def should_draft(self, state, context) -> Any:
+  def plain_steps(self, state, context) -> Any:
     del state, context
-    return jnp.bool_(True)
+    return jnp.int32(0)
 
   def prune(self, state, draft, decision, context) -> Any:
     del state, draft, context

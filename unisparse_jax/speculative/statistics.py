@@ -160,6 +160,52 @@ class StepLog:
       is_packed=self.is_packed,
     )
 
+  def append_plain(
+    self,
+    num_steps: Int[Array, ""],
+    counts: Int[Array, " batch"],
+    *,
+    bucket_size: int,
+  ) -> "StepLog":
+    """The log with a stretch of plain steps.
+
+    Args:
+      num_steps: int32 scalar, its length.
+      counts: tokens that each row got, in its first steps.
+      bucket_size: nodes that the compiled pass had.
+    """
+    step = jnp.arange(len(self.ints), dtype=jnp.int32) - self.num_steps
+    is_new = (step >= 0) & (step < num_steps)
+    took = step[:, None] < counts[None]
+    values = dict.fromkeys(INT_FIELDS, 0)
+    values |= dict(num_emitted=1, nodes=1, bucket=bucket_size)
+    row = jnp.asarray([values[name] for name in INT_FIELDS], jnp.int32)
+
+    def write(buffer, values):
+      values = jnp.asarray(values, buffer.dtype)
+      return jnp.where(is_new[:, None, None], values, buffer)
+
+    def first(buffer, is_one):
+      index = jnp.arange(buffer.shape[-1], dtype=jnp.int32)[None, None]
+      return jnp.where(is_one & (index == 0), 0, -1)
+
+    trees = self.trees
+    if trees is not None:
+      is_root = first(trees.scores, True) == 0
+      trees = TreeLog(
+        parents=write(trees.parents, 0),
+        depths=write(trees.depths, first(trees.depths, True)),
+        scores=write(trees.scores, jnp.where(is_root, 0.0, tree.EMPTY)),
+        path=write(trees.path, first(trees.path, took[..., None])),
+      )
+    return dataclasses.replace(
+      self,
+      ints=write(self.ints, jnp.where(took[..., None], row[None, None], -1)),
+      floats=write(self.floats, 0.0),
+      num_steps=self.num_steps + num_steps,
+      trees=trees,
+    )
+
   def column(self, name: str) -> np.ndarray:
     """[num_steps, batch] of one field, on the host."""
     steps = int(self.num_steps)

@@ -259,22 +259,6 @@ def build(
   )
 
 
-def root_only(root_tokens: Int[Array, " batch"], max_nodes: int) -> DraftTree:
-  """A tree of `max_nodes` slots that holds the root alone."""
-  batch = root_tokens.shape[0]
-  index = jnp.arange(max_nodes, dtype=jnp.int32)[None, :]
-  is_root = jnp.broadcast_to(index == 0, (batch, max_nodes))
-  own = jnp.eye(max_nodes, dtype=bool)[None]
-  return DraftTree(
-    tokens=jnp.where(is_root, root_tokens[:, None], 0),
-    parents=jnp.zeros((batch, max_nodes), jnp.int32),
-    depths=jnp.zeros((batch, max_nodes), jnp.int32),
-    scores=jnp.where(is_root, 0.0, EMPTY),
-    valid=is_root,
-    ancestors=jnp.broadcast_to(own, (batch, max_nodes, max_nodes)),
-  )
-
-
 def write_rows(
   buffer: Int[Array, "batch capacity"],
   values: Int[Array, "batch n"],

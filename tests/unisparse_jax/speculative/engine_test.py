@@ -535,7 +535,8 @@ def test_oracle_accepts_as_much_with_fewer_nodes(target, prompts, plain, mixed):
   assert (spare[took] >= 0).all() and (spare[took] == 0).mean() > 0.9
 
 
-def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed):
+@pytest.mark.parametrize("period", [4, 11])  # less than a block, and more
+def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed, period):
   expected = models.generate(
     target, prompts, max_new_tokens=NEW, lengths=LENGTHS
   )
@@ -555,18 +556,33 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed):
     lengths=LENGTHS,
     policy=speculative.Gated(
       policy=speculative.Fixed(depth=4, nodes=12),
-      step_cost=2.0,
-      period=4,
+      step_cost=5.0,
+      period=period,
       patience=0.5,
       most=1.0,
       decay=0.5,
     ),
     shape=ONE_SIZE,
-  ).run()
+    log_trees=True,
+  )
+  session.run(5).run(3).run()  # The first two end amid a stretch.
   result = session.result()
   np.testing.assert_array_equal(result.tokens, expected)
-  levels = result.log.column("draft_levels")[:, 0]
-  assert levels[0] == 4 and (levels == 0).sum() >= 4
+  levels = np.max(result.log.column("draft_levels"), axis=1)
+  assert levels[0] == 4 and (levels == 0).sum() >= period
+  # A plain step adds a token to every row that is not done, and its tree is the
+  # root.
+  emitted = result.log.column("num_emitted")
+  known = LENGTHS + np.cumsum(np.maximum(emitted, 0), axis=0)
+  running = known - np.maximum(emitted, 0) < LENGTHS + NEW
+  plain = levels == 0
+  np.testing.assert_array_equal(emitted[plain], np.where(running, 1, -1)[plain])
+  trees = jax.tree.map(
+    lambda x: np.asarray(x)[: len(plain)][plain], result.log.trees
+  )
+  assert (trees.depths == np.where(np.arange(13) == 0, 0, -1)).all()
+  assert (trees.path[..., 1:] == -1).all() and (trees.parents == 0).all()
+  np.testing.assert_array_equal(trees.path[..., 0], running[plain] - 1)
   assert speculative.summarize(result.log)["buckets"].keys() == {1, 13}
   # Prompt, drafted and plain steps: the drafter got every position's taps.
   known = np.asarray(session.state.lengths)
