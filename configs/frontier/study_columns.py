@@ -12,7 +12,7 @@ Device:  one H100 or H200, five minutes or so (not run yet).
 
 from configs.frontier import study
 
-_LIMITS = tuple((x, x) for x in (16.0, 8.0, 4.0))
+_LIMITS = {500: (16.0, 8.0, 6.0, 5.0, 4.0), 250: (8.0, 5.0, 4.0)}
 
 
 def get_config(root: str = "out/study"):
@@ -20,12 +20,15 @@ def get_config(root: str = "out/study"):
   ours = next(s for s in config.sweeps if s["label"] == "one threshold")
   config.sweeps = tuple(
     dict(
-      ours, label=f"and {columns} columns", values=_LIMITS, num_columns=columns
+      ours,
+      label=f"and {columns} columns",
+      values=tuple((x, x) for x in limits),
+      num_columns=columns,
     )
-    for columns in (500, 2000)
+    for columns, limits in _LIMITS.items()
   )
-  config.lengths = (131_072, 65_536, 32_768)
+  config.lengths = (131_072, 65_536, 32_768, 16_384)
   config.search = False
   config.samples = 24
-  config.max_seconds = 300.0
+  config.max_seconds = 440.0
   return config
