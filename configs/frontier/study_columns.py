@@ -12,7 +12,7 @@ Device:  one H100 or H200, five minutes or so (not run yet).
 
 from configs.frontier import study
 
-_LIMITS = {500: (16.0, 8.0, 6.0, 5.0, 4.0), 250: (8.0, 5.0, 4.0)}
+_LIMITS = {500: (16.0, 8.0, 6.0, 5.0, 4.0), 250: (5.0,)}
 
 
 def get_config(root: str = "out/study"):

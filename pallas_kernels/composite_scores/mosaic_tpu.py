@@ -45,11 +45,12 @@ def composite_scores(
 ):
   """See `api.composite_scores` and, for the last two, `tpu_backend`."""
   tpu_backend.check(compile_only, interpret)
-  if parts > 1 or q.dtype != jnp.float32:
+  if parts > 1:
     raise NotImplementedError(
-      "mosaic_tpu needs composites of one float32 vector; got "
-      f'parts={parts}, {q.dtype}. Use implementation="xla".'
+      "mosaic_tpu needs composites of one vector; got "
+      f'parts={parts}. Use implementation="xla".'
     )
+  q, k = (x.astype(jnp.float32) for x in (q, k))
   rows, columns = block_q // window_q, block_kv // window_kv
   batch, num_q, num_groups, head_dim = q.shape
   real_q_blocks, real_kv_blocks = (

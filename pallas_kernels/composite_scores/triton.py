@@ -2,12 +2,12 @@
 
 One program takes a strip of composite queries of one group.
 
-Short composites, of up to 128 channels, are multiplied twice. The first pass
+Float32 composites of up to 128 channels are multiplied twice. The first pass
 finds each row's maximum and sum, the second adds the softmax up by block. Keys
 come as [blocks, composites in a block]: one composite of many blocks at a time,
 so that a block's sum is a sum of tiles and needs no exchange between threads.
 
-Long ones, of several vectors each, are multiplied once, chunk of channels by
+Others, longer or of half the bytes, are multiplied once, chunk of channels by
 chunk, as a matrix product is. Each row's log-sum over each block is stored,
 beside the row's over all: with 16 composites to a block a sixteenth of the
 scores. XLA makes probabilities of them and adds up the rows of a block.
@@ -58,7 +58,7 @@ def composite_scores(
       q_counts,
       k_counts,
       q_offset,
-      sizes=_long_tile_sizes(capability),
+      sizes=_long_tile_sizes(capability, parts),
       rows=rows,
       columns=columns,
       window_q=window_q,
@@ -407,11 +407,13 @@ def _long_kernel(
   lse_ref[b, group, strip] = jnp.where(is_empty, jnp.inf, lse)
 
 
-def _long_tile_sizes(capability):
+def _long_tile_sizes(capability, parts):
   """(composite queries, composite keys, warps, stages) that fit the memory.
 
-  Chosen by what Triton 3.9 compiles them to, see TUNING.md; times are not
-  measured yet. Two programs share a multiprocessor: 96 KiB and 255 registers
-  each on Hopper, 48 KiB and 235 elsewhere (an L4 has 100 KiB). Neither spills.
+  Measured on an H200, see TUNING.md. Elsewhere chosen by what Triton 3.9
+  compiles to: 48 KiB and 235 registers, so that two programs share a
+  multiprocessor (an L4 has 100 KiB); it does not spill.
   """
-  return (128, 128, 4, 3) if capability == 90 else (64, 128, 4, 3)
+  if capability != 90:
+    return (64, 128, 4, 3)
+  return (128, 128, 8, 4) if parts > 1 else (64, 128, 4, 4)

@@ -134,16 +134,8 @@ class ColumnSet:
   ) -> "ColumnSet":
     """Columns from a mask of keys; past `max_columns` the oldest go."""
     checks.check_positive_int("max_columns", max_columns)
-    batch, head, position = (
-      lax.broadcasted_iota(jnp.int32, kept.shape, axis) for axis in range(3)
-    )
     room = min(max_columns, kept.shape[2])
-    number = jnp.cumsum(kept, axis=-1, dtype=jnp.int32)
-    count = number[..., -1]
-    # Slots in falling order of position; no sort of all keys.
-    slot = jnp.where(kept, count[..., None] - number, room)
-    columns = jnp.zeros((*kept.shape[:2], room), jnp.int32)
-    columns = columns.at[batch, head, slot].set(position, mode="drop")
+    columns, count = _falling_indices(kept, room)
     return cls(column_indices=columns, num_columns=jnp.minimum(count, room))
 
   def to_dense(
@@ -227,13 +219,10 @@ class BlockMask:
       (grid.batch, None, grid.num_q_blocks, grid.num_kv_blocks),
     )
     kept &= grid.admissible()[:, None]
-    block = lax.broadcasted_iota(jnp.int32, kept.shape, 3)
-    return cls.from_lists(
-      grid,
-      jnp.where(kept, block, -1),
-      max_blocks=max_blocks,
-      columns=columns,
-    )
+    room = kept.shape[-1] if max_blocks is None else max_blocks
+    checks.check_positive_int("max_blocks", room)
+    blocks, count = _falling_indices(kept, min(room, kept.shape[-1]))
+    return cls._of_sorted(grid, blocks, count, columns)
 
   @classmethod
   def from_lists(
@@ -249,7 +238,13 @@ class BlockMask:
     count = (blocks >= 0).sum(-1, dtype=jnp.int32)
     room = blocks.shape[-1] if max_blocks is None else max_blocks
     checks.check_positive_int("max_blocks", room)
-    kept_count = jnp.minimum(count, room)
+    blocks = jnp.maximum(blocks[..., :room], 0)
+    return cls._of_sorted(grid, blocks, count, columns)
+
+  @classmethod
+  def _of_sorted(cls, grid, blocks, count, columns) -> "BlockMask":
+    """Mask from lists in falling order; `count` may be more than they hold."""
+    kept_count = jnp.minimum(count, blocks.shape[-1])
     if columns is not None:
       num_heads = max(blocks.shape[1], columns.num_columns.shape[1])
       columns = jax.tree.map(lambda x: _repeat_heads(x, num_heads), columns)
@@ -258,7 +253,7 @@ class BlockMask:
       )
     return cls(
       grid=grid,
-      kv_block_indices=jnp.maximum(blocks[..., :room], 0),
+      kv_block_indices=blocks,
       num_kv_blocks=kept_count,
       num_dropped=(count - kept_count).sum(-1, dtype=jnp.int32),
       columns=columns,
@@ -315,6 +310,25 @@ def _scatter_true(indices, size):
   ]
   dense = jnp.zeros((*indices.shape[:-1], size), jnp.bool_)
   return dense.at[(*lead, indices)].set(True, mode="drop")
+
+
+def _falling_indices(
+  kept: Bool[Array, "... num_items"], room: int
+) -> tuple[Int[Array, "... room"], Int[Array, "..."]]:
+  """Where `kept` is True, the last first, then zeros; and how often it is.
+
+  Each index finds its slot by a running count: with 8 lists of 1,024 a row of
+  128K a third of the time that a sort takes (H200: 0.12 for 0.37 ms).
+  """
+  flat = kept.reshape(-1, kept.shape[-1])
+  row, index = (lax.broadcasted_iota(jnp.int32, flat.shape, i) for i in (0, 1))
+  number = jnp.cumsum(flat, axis=-1, dtype=jnp.int32)
+  count = number[:, -1]
+  slot = jnp.where(flat, count[:, None] - number, room)
+  found = jnp.zeros((len(flat), room), jnp.int32)
+  found = found.at[row, slot].set(index, mode="drop")
+  shape = kept.shape[:-1]
+  return found.reshape(*shape, room), count.reshape(shape)
 
 
 def _repeat_heads(array, num_heads):

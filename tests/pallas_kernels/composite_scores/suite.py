@@ -211,6 +211,15 @@ class CompositeScoresSuite:
     expected = numpy_scores(*arrays, **settings)
     helpers.assert_same(self.run(arrays, settings), expected, self.tolerance)
 
+  @pytest.mark.parametrize("over_queries", ["mean", "max"])
+  def test_means_in_bfloat16(self, over_queries):
+    (q, k, *counts), settings = make_case("ragged")
+    arrays = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), *counts)
+    settings["over_queries"] = over_queries
+    expected = numpy_scores(*arrays, **settings)
+    # Products of bfloat16 are exact in float32.
+    helpers.assert_same(self.run(arrays, settings), expected, 1e-5)
+
   @pytest.mark.parametrize("name", LONG_CASES)
   def test_long_matches_float64(self, name):
     arrays, settings = make_long_case(name)

@@ -429,10 +429,12 @@ WITHIN = {
 }
 
 
+@pytest.mark.parametrize("sort_below", [0, 100])
 @pytest.mark.parametrize("name", WITHIN)
-def test_top_within(name):
+def test_top_within(name, sort_below, monkeypatch):
   from unisparse_jax.attention import scoring
 
+  monkeypatch.setattr(scoring, "_SORT_BELOW", sort_below)
   row, budgets = WITHIN[name]
   budget = np.asarray(budgets, np.float32) / 16
   scores = np.tile(np.asarray(row, np.float32) / 16, (len(budget), 1))
