@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XAttention and FlexPrefill anew, after their selections were made faster.
+"""UniSparse, XAttention and FlexPrefill, after their selections became faster.
 
 XAttention's scores by the kernel that UniSparse uses instead of XLA's products,
-FlexPrefill's mass by a threshold instead of two sorts: the same blocks, less
-time, so that neither loses to the others by what this project did not tune.
+FlexPrefill's mass by a threshold instead of two sorts: the same blocks in less
+time. UniSparse's composites are rounded to bfloat16 and multiplied once.
 
 Run:     python -m experiments.frontier
            --config=configs/frontier/study_selections.py:out/study
@@ -18,6 +18,7 @@ def get_config(root: str = "out/study"):
   config = study_more_prompts.get_config(root)
   sweeps = {sweep["label"]: sweep for sweep in study.get_config(root).sweeps}
   config.sweeps = (
+    dict(sweeps["unisparse"], values=(0.85, 0.9)),
     dict(sweeps["xattention"], values=(0.8, 0.9)),
     dict(sweeps["flexprefill"], values=(0.8, 0.9)),
   )

@@ -416,4 +416,4 @@ def _long_tile_sizes(capability, parts):
   """
   if capability != 90:
     return (64, 128, 4, 3)
-  return (128, 128, 8, 4) if parts > 1 else (64, 128, 4, 4)
+  return (128, 128, 8, 4) if parts > 1 else (64, 256, 8, 3)
