@@ -15,8 +15,8 @@ _PRIOR_STEPS = 4.0
 _PRIOR_RATE = 1.5
 # Steps that what is known of all rows counts for in a row's own rate, and how
 # much slower than their mean the last of n is: 1 + (mean - 1) / n**_SPREAD.
-_ROW_STEPS = 12.0
-_SPREAD = 0.1
+_ROW_STEPS = 32.0
+_SPREAD = 0.15
 _LONGEST = 1024  # plain steps in a row
 
 
@@ -85,7 +85,7 @@ class Gated(policy_lib.StatelessPolicy):
   patience: Float[Array, ""] | float = 2.0
   look: Float[Array, ""] | float = 0.5
   most: Float[Array, ""] | float = 8.0
-  decay: Float[Array, ""] | float = 0.95
+  decay: Float[Array, ""] | float = 0.98
 
   can_skip = True
 
