@@ -13,9 +13,9 @@ from unisparse_jax.speculative import policy as policy_lib
 # Steps that a first guess of the mean rate counts for, and that in break-evens.
 _PRIOR_STEPS = 4.0
 _PRIOR_RATE = 1.5
-# Steps that what is known of all rows counts for in a row's own rate, and how
-# much slower than their mean the last of n is: 1 + (mean - 1) / n**_SPREAD.
-_ROW_STEPS = 32.0
+# Steps that the mean counts for in a row's own rate, unless other rows took
+# fewer; and how much slower the last of n is: 1 + (mean - 1) / n**_SPREAD.
+_ROW_STEPS = 16.0
 _SPREAD = 0.15
 _LONGEST = 1024  # plain steps in a row
 
@@ -85,7 +85,7 @@ class Gated(policy_lib.StatelessPolicy):
   patience: Float[Array, ""] | float = 2.0
   look: Float[Array, ""] | float = 0.5
   most: Float[Array, ""] | float = 8.0
-  decay: Float[Array, ""] | float = 0.98
+  decay: Float[Array, ""] | float = 0.9
 
   can_skip = True
 
@@ -149,14 +149,16 @@ class Gated(policy_lib.StatelessPolicy):
     left = number(outcome.remaining)
     prior = number(_PRIOR_STEPS)
     is_left = left > 0
-    mean = (
-      number(_PRIOR_RATE) * cost * prior
-      + jnp.sum(jnp.where(is_left, tokens, 0.0))
-    ) / (prior + jnp.sum(jnp.where(is_left, steps, 0.0)))
+    all_tokens, all_steps = (
+      jnp.sum(jnp.where(is_left, x, 0.0)) for x in (tokens, steps)
+    )
+    mean = number(_PRIOR_RATE) * cost * prior + all_tokens
+    mean /= prior + all_steps
     num_left = jnp.maximum(jnp.sum(number(is_left)), number(1.0))
     slow = 1.0 + (mean - 1.0) * num_left ** number(-_SPREAD)
-    own = number(_ROW_STEPS)
-    rate = (own * slow + tokens) / (own + steps)
+    known = jnp.minimum(prior + all_steps - steps, number(_ROW_STEPS))
+    rate = (known * slow + tokens) / (known + steps)
+    rate = jnp.where(is_left, rate, 1.0)
     saved = jnp.max(left) / jnp.maximum(jnp.max(left / rate), 1e-6) - cost
 
     balance = jnp.minimum(state.balance + saved, number(self.most))
