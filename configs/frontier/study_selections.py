@@ -18,12 +18,14 @@ from configs.frontier import study, study_more_prompts
 def get_config(root: str = "out/study"):
   config = study_more_prompts.get_config(root)
   sweeps = {sweep["label"]: sweep for sweep in study.get_config(root).sweeps}
-  measure = ("layers", "attention_time", "prefill")
+  measure = ("attention_time",)
   config.sweeps = (
     dict(sweeps["unisparse"], values=(0.85, 0.9), measure=measure),
     dict(sweeps["xattention"], values=(0.8, 0.9), measure=measure),
-    dict(sweeps["flexprefill"], values=(0.8, 0.9, 0.95), measure=measure),
+    dict(sweeps["flexprefill"], values=(0.8, 0.9), measure=measure),
   )
-  config.reference_measure = ("prefill",)
-  config.lengths = (131_072, 65_536, 32_768, 16_384)
+  config.tasks = ("vt",)  # Dense answers come first, whatever is measured.
+  config.samples = 1
+  config.reference_measure = ("answers",)
+  config.lengths = (131_072, 65_536, 32_768)
   return config
