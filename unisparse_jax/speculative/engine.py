@@ -13,7 +13,6 @@ shapes, and no compaction of the cache.
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from unisparse_jax.speculative import (
   plain_steps,
   statistics,
   tree,
+  verification,
   verify_step,
 )
 from unisparse_jax.speculative import policy as policy_lib
@@ -116,9 +116,6 @@ def decode(
   def is_running(state):
     return jnp.any(~state.done) & (state.log.num_steps < last_step)
 
-  def is_end(tokens):
-    return is_any(tokens, settings.eos_ids)
-
   def step(state):
     return _step(target, drafter, policy, state, settings)
 
@@ -130,7 +127,7 @@ def decode(
       policy,
       state,
       jnp.minimum(wanted, steps_left),
-      is_end=is_end,
+      eos_ids=settings.eos_ids,
       shape=settings.shape,
       sampler=settings.sampler,
       taps=taps_of(target, drafter),
@@ -158,7 +155,8 @@ def decode(
 
 def room_behind(policy: policy_lib.Policy, shape: tree.TreeShape) -> int:
   """Slots past the last token that a step, or the drafter, may write."""
-  longest = plain_steps.MAX_STEPS if policy.can_skip else 0
+  is_plain = policy.can_skip or policy.declines
+  longest = plain_steps.MAX_STEPS if is_plain else 0
   return max(shape.max_depth, longest) + 1
 
 
@@ -215,7 +213,7 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
   emitted = acceptance.tokens
   index = jnp.arange(shape.max_depth + 1, dtype=jnp.int32)[None, :]
   count = jnp.minimum(acceptance.accept_len + 1, state.limits - state.lengths)
-  is_end = is_any(emitted, settings.eos_ids)
+  is_end = verification.is_any(emitted, settings.eos_ids)
   end = jnp.where(is_end, index, shape.max_depth + 1)
   count = jnp.minimum(count, jnp.min(end, axis=-1) + 1)
   count = jnp.where(active, count, 0)
@@ -277,11 +275,3 @@ def taps_of(target: models.Decoder, drafter: base.Drafter) -> tuple[int, ...]:
   if own is not None:
     return tuple(own)
   return models.tap_layers(target.config.num_layers)
-
-
-def is_any(
-  tokens: Int[Array, "..."], eos_ids: tuple[int, ...]
-) -> Bool[Array, "..."]:
-  """Which tokens are one of `eos_ids`."""
-  found = [tokens == eos_id for eos_id in eos_ids]
-  return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))

@@ -25,21 +25,18 @@ _LONGEST = 1024  # plain steps in a row
 class GateState:
   """Attributes:
   inner: state of the wrapped policy.
-  tokens: float32 [batch], discounted sum of tokens of drafted steps.
-  steps: float32 [batch], discounted number of these steps.
-  balance: float32 scalar, plain steps that drafting has saved lately.
-  patience: float32 scalar, what it may lose before the gate closes.
-  period: int32 scalar, plain steps of the next stretch.
-  wait: int32 scalar, plain steps left of this one.
+  rows: float32 [2, batch], discounted sums over drafted steps: tokens, steps.
+  savings: float32 [2]: plain steps that drafting has saved lately, and what it
+    may lose before the gate closes.
+  stretch: int32 [2]: plain steps of the next one, and those left of this one.
+
+  A few arrays, as each costs a GPU an operation a step and a copy.
   """
 
   inner: Any
-  tokens: Float[Array, " batch"]
-  steps: Float[Array, " batch"]
-  balance: Float[Array, ""]
-  patience: Float[Array, ""]
-  period: Int[Array, ""]
-  wait: Int[Array, ""]
+  rows: Float[Array, "2 batch"]
+  savings: Float[Array, "2"]
+  stretch: Int[Array, "2"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +80,7 @@ class Gated(policy_lib.StatelessPolicy):
   level_cost: Float[Array, ""] | float = 0.0
   period: Int[Array, ""] | int = 128
   patience: Float[Array, ""] | float = 2.0
-  look: Float[Array, ""] | float = 0.5
+  look: Float[Array, ""] | float = 0.25
   most: Float[Array, ""] | float = 8.0
   decay: Float[Array, ""] | float = 0.9
 
@@ -112,19 +109,17 @@ class Gated(policy_lib.StatelessPolicy):
   def init_state(self, batch: int) -> GateState:
     return GateState(
       inner=self.policy.init_state(batch),
-      tokens=jnp.zeros((batch,), jnp.float32),
-      steps=jnp.zeros((batch,), jnp.float32),
-      balance=jnp.float32(0.0),
-      patience=self._patience(batch),
-      period=jnp.asarray(self.period, jnp.int32),
-      wait=jnp.int32(0),
+      rows=jnp.zeros((2, batch), jnp.float32),
+      savings=jnp.stack([jnp.float32(0.0), self._patience(batch)]),
+      stretch=jnp.stack([jnp.asarray(self.period, jnp.int32), jnp.int32(0)]),
     )
 
   def plain_steps(self, state, context):
+    wait = state.stretch[1]
     if not self.policy.can_skip:
-      return state.wait
+      return wait
     inner = self.policy.plain_steps(state.inner, context)
-    return jnp.where(state.wait > 0, state.wait, inner)
+    return jnp.where(wait > 0, wait, inner)
 
   def decide(self, state, evidence):
     return self.policy.decide(state.inner, evidence)
@@ -138,51 +133,68 @@ class Gated(policy_lib.StatelessPolicy):
     def number(value):
       return jnp.asarray(value, jnp.float32)
 
-    accepted = jnp.where(outcome.active, outcome.accept_len + 1, 0)
-    tokens = number(self.decay) * state.tokens + number(accepted)
-    steps = number(self.decay) * state.steps + number(outcome.active)
+    new = jnp.where(
+      outcome.active,
+      jnp.stack([number(outcome.accept_len + 1), jnp.ones_like(state.rows[1])]),
+      0.0,
+    )
+    rows = number(self.decay) * state.rows + new
     costs = jnp.atleast_1d(number(self.step_cost))
     cost = costs[jnp.minimum(outcome.bucket, costs.shape[0] - 1)]
     cost += number(self.level_cost) * number(outcome.draft_levels)
 
     # Plain decoding takes as many steps as the row with most has tokens left.
     left = number(outcome.remaining)
-    prior = number(_PRIOR_STEPS)
-    is_left = left > 0
-    all_tokens, all_steps = (
-      jnp.sum(jnp.where(is_left, x, 0.0)) for x in (tokens, steps)
+    saved = jnp.max(left) / jnp.maximum(
+      jnp.max(left / _rates(rows, left > 0, cost)), 1e-6
     )
-    mean = number(_PRIOR_RATE) * cost * prior + all_tokens
-    mean /= prior + all_steps
-    num_left = jnp.maximum(jnp.sum(number(is_left)), number(1.0))
-    slow = 1.0 + (mean - 1.0) * num_left ** number(-_SPREAD)
-    known = jnp.minimum(prior + all_steps - steps, number(_ROW_STEPS))
-    rate = (known * slow + tokens) / (known + steps)
-    rate = jnp.where(is_left, rate, 1.0)
-    saved = jnp.max(left) / jnp.maximum(jnp.max(left / rate), 1e-6) - cost
-
-    balance = jnp.minimum(state.balance + saved, number(self.most))
-    closes = balance < -state.patience
-    pays = balance > state.patience
+    balance = jnp.minimum(state.savings[0] + saved - cost, number(self.most))
+    patience = state.savings[1]
+    closes, pays = balance < -patience, balance > patience
+    savings = jnp.stack(
+      [
+        jnp.where(closes, 0.0, balance),
+        jnp.where(
+          closes,
+          number(self.look),
+          jnp.where(pays, self._patience(left.shape[0]), patience),
+        ),
+      ]
+    )
     period = jnp.asarray(self.period, jnp.int32)
-    longer = jnp.minimum(2 * state.period, jnp.maximum(period, _LONGEST))
-    drafted = GateState(
-      inner=inner,
-      tokens=tokens,
-      steps=steps,
-      balance=jnp.where(closes, 0.0, balance),
-      patience=jnp.where(
-        closes,
-        number(self.look),
-        jnp.where(pays, self._patience(left.shape[0]), state.patience),
-      ),
-      period=jnp.where(closes, longer, jnp.where(pays, period, state.period)),
-      wait=jnp.where(closes, state.period, 0),
-    )
-    plain = dataclasses.replace(
-      state, inner=inner, wait=jnp.maximum(state.wait - outcome.steps, 0)
+    longer = jnp.minimum(2 * state.stretch[0], jnp.maximum(period, _LONGEST))
+    stretch = jnp.stack(
+      [
+        jnp.where(closes, longer, jnp.where(pays, period, state.stretch[0])),
+        jnp.where(closes, state.stretch[0], 0),
+      ]
     )
     is_drafted = outcome.draft_levels > 0
-    return jax.tree.map(
-      lambda a, b: jnp.where(is_drafted, a, b), drafted, plain
+    waited = jnp.stack(
+      [
+        state.stretch[0],
+        jnp.maximum(state.stretch[1] - outcome.steps, 0),
+      ]
     )
+    return GateState(
+      inner=inner,
+      rows=jnp.where(is_drafted, rows, state.rows),
+      savings=jnp.where(is_drafted, savings, state.savings),
+      stretch=jnp.where(is_drafted, stretch, waited),
+    )
+
+
+def _rates(rows, is_left, cost):
+  """float32 [batch], tokens that each row will bring per drafted step.
+
+  What all rows show counts for a row that has shown little itself.
+  """
+  tokens, steps = rows
+  all_tokens, all_steps = jnp.sum(jnp.where(is_left[None], rows, 0.0), axis=1)
+  prior = jnp.float32(_PRIOR_STEPS)
+  mean = (_PRIOR_RATE * cost * prior + all_tokens) / (prior + all_steps)
+  num_left = jnp.maximum(jnp.sum(is_left, dtype=jnp.float32), 1.0)
+  slow = 1.0 + (mean - 1.0) * num_left ** jnp.float32(-_SPREAD)
+  known = jnp.minimum(prior + all_steps - steps, _ROW_STEPS)
+  rate = (known * slow + tokens) / (known + steps)
+  return jnp.where(is_left, rate, 1.0)

@@ -154,7 +154,7 @@ def _first_state(
     tokens=buffer,
     lengths=lengths,
     limits=limits,
-    done=engine.is_any(first, settings.eos_ids) | (lengths >= limits),
+    done=verification.is_any(first, settings.eos_ids) | (lengths >= limits),
     keys=keys,
     reference=reference,
     drafter_state=drafter_state,

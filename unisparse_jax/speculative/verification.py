@@ -12,11 +12,13 @@ Leviathan et al. (2023), appendix A.1, for the residual.
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from unisparse_jax.speculative import tree
 
@@ -37,6 +39,14 @@ class Acceptance:
   accept_len: Int[Array, " batch"]
   path: Int[Array, "batch max_path"]
   tokens: Int[Array, "batch max_path"]
+
+
+def is_any(
+  tokens: Int[Array, "..."], eos_ids: tuple[int, ...]
+) -> Bool[Array, "..."]:
+  """Which tokens are one of `eos_ids`."""
+  found = [tokens == eos_id for eos_id in eos_ids]
+  return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))
 
 
 def follow(

@@ -565,7 +565,10 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed, period):
     shape=ONE_SIZE,
     log_trees=True,
   )
-  session.run(5).run(3).run()  # The first two end amid a stretch.
+  session.run(5).run(4)  # Both end amid a stretch.
+  counts, taps = jax.tree.map(np.asarray, session.state.drafter_state)
+  heard = np.asarray(session.state.lengths) - 1
+  session.run()
   result = session.result()
   np.testing.assert_array_equal(result.tokens, expected)
   levels = np.max(result.log.column("draft_levels"), axis=1)
@@ -584,18 +587,17 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed, period):
   assert (trees.path[..., 1:] == -1).all() and (trees.parents == 0).all()
   np.testing.assert_array_equal(trees.path[..., 0], running[plain] - 1)
   assert speculative.summarize(result.log)["buckets"].keys() == {1, 13}
-  # Prompt, drafted and plain steps: the drafter got every position's taps.
-  known = np.asarray(session.state.lengths)
-  counts, taps = session.state.drafter_state
-  np.testing.assert_array_equal(counts, known - 1)
-  tokens = absolute(prompts, LENGTHS, expected)[:, : known.max()]
+  # Prompt, drafted and plain steps: the drafter had got every position's taps.
+  assert (levels[:9] == 0).sum() >= 2
+  np.testing.assert_array_equal(counts, heard)
+  tokens = absolute(prompts, LENGTHS, expected)[:, : heard.max()]
   taps_of = jax.jit(
     models.Decoder.hidden_states_and_taps, static_argnames="taps"
   )
   _, _, fresh = taps_of(
     target, tokens, taps=models.tap_layers(target.config.num_layers)
   )
-  for row, length in enumerate(known - 1):
+  for row, length in enumerate(heard):
     np.testing.assert_allclose(
       taps[row, :length], fresh[row, :length], atol=1e-4
     )
