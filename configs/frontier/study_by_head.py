@@ -7,7 +7,7 @@ Run, after configs/calibrate/minference_study.py:
            --workdir=out/study/by_head
 Device:  one H200, three minutes.
 Expect:  100.0% of dense at 32K, 64K and 128K at densities 0.60, 0.45 and 0.30;
-         0.78x and 1.07x of cuDNN's speed at 32K and 64K;
+         0.78x, 1.07x and 1.84x of cuDNN's speed;
          results/frontier_by_head_h200.jsonl.
 """
 

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import json
+import pathlib
 import types
 
 import pytest
 
-from configs.frontier import study, study_quality, study_short, study_smoke
+from configs.frontier import (
+  study,
+  study_columns,
+  study_more_prompts,
+  study_quality,
+  study_selections,
+  study_short,
+  study_smoke,
+)
 from configs.train_decoder import study as study_model
 from experiments.prefill import (
   frontier_config,
@@ -12,7 +22,7 @@ from experiments.prefill import (
   frontier_search,
   long_context_run,
 )
-from unisparse_jax import models, training
+from unisparse_jax import models, records, training
 
 SWEEPS = (
   frontier_config.Sweep(
@@ -139,6 +149,40 @@ def test_configs_measure_all_that_they_list(module, tmp_path):
   compared = {(s.pattern, s.length) for s in steps if s.kind == "next_token"}
   labels = ["dense", *(entry.label for entry in frontier.run.entries)]
   assert compared == set(itertools.product(labels, frontier.run.lengths))
+
+
+@pytest.mark.parametrize(
+  "module, name, more_lengths, left_out",
+  [
+    (study_columns, "frontier_columns_h200", (), ()),
+    (study_more_prompts, "frontier_more_prompts_h200", (16_384,), ()),
+    (study_selections, "frontier_selections_h200", (), ("answers",)),
+  ],
+)
+def test_records_hold_all_that_their_config_measures(
+  module, name, more_lengths, left_out
+):
+  config = module.get_config()
+  config.lengths = (*config.lengths, *more_lengths)
+  frontier = frontier_config.parse(config)
+  num_layers = study_model.get_config().model.num_layers
+  planned = {
+    (step.kind, step.pattern, step.length, str(step.item))
+    for step in long_context_run.plan(frontier.run, num_layers)
+    if step.kind not in left_out
+  }
+  folder = pathlib.Path(__file__).parents[2] / "results"
+  found = records.read(folder / f"{name}.jsonl")
+  steps = [(r["kind"], r["pattern"], r["length"], r["item"]) for r in found]
+  assert planned <= set(steps)
+  recorded = {
+    pattern["label"]: pattern
+    for record in found
+    for pattern in record.get("settings", {}).get("patterns", ())
+  }
+  entries = [entry for s in frontier.sweeps for entry in s.entries()]
+  for entry in json.loads(json.dumps(entries)):  # lists for tuples
+    assert recorded[entry["label"]] == entry
 
 
 def test_the_study_models_stages_share_the_time_as_said():
