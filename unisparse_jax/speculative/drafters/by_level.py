@@ -140,12 +140,11 @@ def draft_by_level(
   """
   carry = _first_level(drafter, target, state, context, shape)
 
-  def deepen(carry: _Carry) -> _Carry:
-    return _next_level(drafter, target, state, carry, shape)
+  def deepen(carry: _Carry, levels: int = 1) -> _Carry:
+    return _next_levels(drafter, target, state, carry, shape, levels)
 
   if shape.unroll:
-    for _ in range(shape.base_depth - 1):
-      carry = deepen(carry)
+    carry = deepen(carry, shape.base_depth - 1)
   else:
     # A static number of rounds: no predicate goes through the host.
     carry = lax.fori_loop(
@@ -203,8 +202,7 @@ def _extend(carry: _Carry, deepest, deepen, level: int, shape: tree.TreeShape):
   next_level = min(level + shape.level_block, shape.max_depth)
 
   def more(carry: _Carry):
-    for _ in range(next_level - level):
-      carry = deepen(carry)
+    carry = deepen(carry, next_level - level)
     return _extend(carry, deepest, deepen, next_level, shape)
 
   return lax.cond(wants_more(carry), more, lambda carry: carry, carry)
@@ -285,11 +283,34 @@ def _first_level(drafter, target, state, context, shape) -> _Carry:
   return _Carry(frontier=frontier, pool=pool, scratch=scratch)
 
 
-def _next_level(drafter, target, state, carry: _Carry, shape) -> _Carry:
-  frontier, pool, width = carry.frontier, carry.pool, shape.width
-  batch = frontier.tokens.shape[0]
+def _next_levels(
+  drafter, target, state, carry: _Carry, shape, levels: int
+) -> _Carry:
+  """So many levels more, whose candidates enter the pool in one write."""
+  if levels == 0:
+    return carry
+  # First candidate of these levels in the pool.
+  offset = shape.width + (carry.frontier.level - 1) * shape.width**2
+  frontier, scratch, found = carry.frontier, carry.scratch, []
+  for _ in range(levels):
+    frontier, scratch, candidates = _next_level(
+      drafter, target, state, frontier, scratch, shape
+    )
+    found.append(candidates)
+
+  def write(buffer, *blocks):
+    block = jnp.concatenate(blocks, axis=1)
+    return lax.dynamic_update_slice(buffer, block, (0, offset))
+
+  pool = jax.tree.map(write, carry.pool, *found)
+  return _Carry(frontier=frontier, pool=pool, scratch=scratch)
+
+
+def _next_level(drafter, target, state, frontier: Frontier, scratch, shape):
+  """The next frontier, the drafter's scratch and the level's candidates."""
+  width, batch = shape.width, frontier.tokens.shape[0]
   tokens, log_probs, scratch = drafter.grow(
-    target, state, carry.scratch, frontier, shape
+    target, state, scratch, frontier, shape
   )
   log_probs = jnp.maximum(log_probs, tree.EMPTY)
   entropy = frontier.entropy + base.top_entropy(log_probs)
@@ -336,12 +357,5 @@ def _next_level(drafter, target, state, carry: _Carry, shape) -> _Carry:
     frontier.pool_index, width, axis=1, total_repeat_length=width * width
   )
 
-  def write(buffer, block):
-    return lax.dynamic_update_slice(buffer, block, (0, offset))
-
-  pool = tree.Pool(
-    tokens=write(pool.tokens, tokens),
-    parents=write(pool.parents, parents),
-    scores=write(pool.scores, pool_scores),
-  )
-  return _Carry(frontier=new_frontier, pool=pool, scratch=scratch)
+  candidates = tree.Pool(tokens=tokens, parents=parents, scores=pool_scores)
+  return new_frontier, scratch, candidates
