@@ -110,7 +110,7 @@ def stretch(
     def condition(run):
       goes_on = run.step + steps <= num_steps
       if eos_ids:
-        goes_on &= jnp.any(~run.ended)
+        goes_on &= jnp.any(~run.ended & (run.step < left))
       return goes_on
 
     return condition
@@ -137,6 +137,8 @@ def stretch(
   is_last = verification.is_any(run.tokens, eos_ids) & (index < counts[:, None])
   first = jnp.min(jnp.where(is_last, index, MAX_STEPS), axis=-1)
   counts = jnp.minimum(counts, first + 1)
+  # What is left of a block once every row is done is no step.
+  num_taken = jnp.max(counts)
   lengths = before + counts
   done = state.done | jnp.any(is_last, axis=-1) | (lengths >= state.limits)
   zeros = jnp.zeros((batch,), jnp.int32)
@@ -149,7 +151,7 @@ def stretch(
     draft_levels=jnp.int32(0),
     active=active,
     remaining=jnp.where(done, 0, state.limits - lengths),
-    steps=run.step,
+    steps=num_taken,
   )
   state = dataclasses.replace(
     state,
@@ -159,7 +161,7 @@ def stretch(
     cache=dataclasses.replace(run.cache, lengths=state.cache.lengths + counts),
     policy_state=policy.update(state.policy_state, outcome),
     log=state.log.append_plain(
-      run.step, counts, bucket_size=batch if shape.packed else 1
+      num_taken, counts, bucket_size=batch if shape.packed else 1
     ),
   )
 
@@ -187,7 +189,7 @@ def stretch(
       state, drafter_state=drafter_state
     )
 
-  is_wanted = (run.step > 0) & jnp.any(~done)
+  is_wanted = (num_taken > 0) & jnp.any(~done)
   _, state = lax.while_loop(lambda carry: carry[0], extend, (is_wanted, state))
   return state
 
