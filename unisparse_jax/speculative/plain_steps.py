@@ -47,7 +47,7 @@ def stretch(
   sampler: sampling.Sampler,
   taps: Sequence[int],
 ) -> Any:
-  """Takes plain steps until every row is done, then tells who has to know.
+  """Takes plain steps while any row goes on, then tells who has to know.
 
   Args:
     target: the model whose output is produced.
@@ -132,15 +132,13 @@ def stretch(
   run = lax.while_loop(has(1), one, run)
 
   # Cut at the limit and after the first end token.
-  counts = jnp.minimum(left, run.step)
-  index = jnp.arange(MAX_STEPS, dtype=jnp.int32)[None, :]
-  is_last = verification.is_any(run.tokens, eos_ids) & (index < counts[:, None])
-  first = jnp.min(jnp.where(is_last, index, MAX_STEPS), axis=-1)
-  counts = jnp.minimum(counts, first + 1)
+  counts, ended = verification.until_end(
+    run.tokens, jnp.minimum(left, run.step), eos_ids
+  )
   # What is left of a block once every row is done is no step.
   num_taken = jnp.max(counts)
   lengths = before + counts
-  done = state.done | jnp.any(is_last, axis=-1) | (lengths >= state.limits)
+  done = state.done | ended | (lengths >= state.limits)
   zeros = jnp.zeros((batch,), jnp.int32)
   outcome = policy_lib.Outcome(
     decision=policy_lib.Decision(depth=zeros, nodes=zeros, bin=zeros),

@@ -4,13 +4,13 @@ Source: XAttention (arXiv 2503.16428) and its released code, from which it
 differs in: scores stay float32, any q_offset, batches with ragged lengths.
 
 Its time is that of the scores. All of them by XLA, those behind the diagonal
-too, as in all records: on an H200 (8 heads of 128) selection took 0.65, 2.55,
-7.9 and 31.3 ms at 16K to 128K by the threshold search and 0.65, 2.51, 7.5 and
-32.2 ms by a sort (results/frontier_{quality,study}_h200.jsonl); stride 16, a
-quarter of the scores, a third of that at 16K
-(results/frontier_default_h200.jsonl). Since then they are `composite_scores`
-of tiles as composites, which skips the future. Predicted, not measured yet:
-pallas_kernels/composite_scores/TUNING.md.
+too: on an H200 (8 heads of 128) selection took 0.65, 2.55, 7.9 and 31.3 ms at
+16K to 128K by the threshold search and 0.65, 2.51, 7.5 and 32.2 ms by a sort
+(results/frontier_{quality,study}_h200.jsonl); stride 16, a quarter of the
+scores, a third of that at 16K (results/frontier_default_h200.jsonl). Since then
+they are `composite_scores` of tiles as composites, which skips the future:
+0.29, 0.63, 1.75 and 6.66 ms, measured before the kernel's tile that is fastest
+now (pallas_kernels/composite_scores/TUNING.md).
 """
 
 import dataclasses
