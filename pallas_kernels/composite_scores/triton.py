@@ -8,7 +8,8 @@ come as [blocks, composites in a block]: one composite of many blocks at a time,
 so that a block's sum is a sum of tiles and needs no exchange between threads.
 
 Others, longer or of half the bytes, are multiplied once, chunk of channels by
-chunk, as a matrix product is. Each row's log-sum over each block is stored,
+chunk, as a matrix product is; of half the bytes in blocks that a tile does not
+fit, as float32. Each row's log-sum over each block is stored,
 beside the row's over all: with 16 composites to a block a sixteenth of the
 scores. XLA makes probabilities of them and adds up the rows of a block.
 """
@@ -52,13 +53,15 @@ def composite_scores(
   capability = triton_backend.target(capability, interpret)
   rows, columns = block_q // window_q, block_kv // window_kv
   head_dim = max(16, pl.next_power_of_2(q.shape[-1]))
-  if parts > 1 or head_dim > 128 or q.dtype != jnp.float32:
+  is_long = parts > 1 or head_dim > 128
+  sizes = _long_tile_sizes(capability, parts)
+  if is_long or (q.dtype != jnp.float32 and _fits(rows, columns, sizes)):
     return _long_composite_scores(
       *(triton_backend.pad_axis(x, 3, head_dim) for x in (q, k)),
       q_counts,
       k_counts,
       q_offset,
-      sizes=_long_tile_sizes(capability, parts),
+      sizes=sizes,
       rows=rows,
       columns=columns,
       window_q=window_q,
@@ -69,6 +72,7 @@ def composite_scores(
       parts=parts,
       interpret=interpret,
     )
+  q, k = (x.astype(jnp.float32) for x in (q, k))
   tile_rows, tile_blocks, num_warps, num_stages = _tile_sizes(capability)
   if rows > tile_rows or not triton_backend.is_power_of_two(rows):
     raise NotImplementedError(
@@ -225,6 +229,14 @@ def _tile_sizes(capability):
   (128, 16, 4, 4) 2.04.
   """
   return (128, 32, 4, 3) if capability == 90 else (64, 32, 4, 2)
+
+
+def _fits(rows, columns, sizes):
+  """Whether blocks of so many composites divide a tile of `sizes`."""
+  return all(
+    value <= most and triton_backend.is_power_of_two(value)
+    for value, most in zip((rows, columns), sizes[:2], strict=True)
+  )
 
 
 def _long_composite_scores(

@@ -211,13 +211,10 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
 
   # Cut at the limit and after the first end token.
   emitted = acceptance.tokens
-  index = jnp.arange(shape.max_depth + 1, dtype=jnp.int32)[None, :]
   count = jnp.minimum(acceptance.accept_len + 1, state.limits - state.lengths)
-  is_end = verification.is_any(emitted, settings.eos_ids)
-  end = jnp.where(is_end, index, shape.max_depth + 1)
-  count = jnp.minimum(count, jnp.min(end, axis=-1) + 1)
-  count = jnp.where(active, count, 0)
-  ended = jnp.any(is_end & (index < count[:, None]), axis=-1)
+  count, ended = verification.until_end(
+    emitted, jnp.where(active, count, 0), settings.eos_ids
+  )
   lengths = state.lengths + count
   done = state.done | ended | (lengths >= state.limits)
 

@@ -201,7 +201,7 @@ def prepare(
   if chunk is not None:
     checks.check_positive_int("chunk", chunk)
     chunk = int(chunk) if chunk < q_len else None
-  # A step writes a whole path past what is known.
+  # A step writes a whole path past what is known, a plain one goes on there.
   room = engine.room_behind(policy, shape)
   needed = total + room
   if capacity is None:
@@ -210,7 +210,7 @@ def prepare(
   checks.require(
     capacity >= needed,
     "capacity",
-    "hold the prompt, the new tokens and a path of the tree",
+    "hold the prompt, the new tokens and what steps write behind",
     capacity,
     f"capacity >= {q_len} + {new_tokens} + {room}",
   )

@@ -47,7 +47,7 @@ def stretch(
   sampler: sampling.Sampler,
   taps: Sequence[int],
 ) -> Any:
-  """Takes plain steps until every row is done, then tells who has to know.
+  """Takes plain steps while any row goes on, then tells who has to know.
 
   Args:
     target: the model whose output is produced.
@@ -110,7 +110,7 @@ def stretch(
     def condition(run):
       goes_on = run.step + steps <= num_steps
       if eos_ids:
-        goes_on &= jnp.any(~run.ended)
+        goes_on &= jnp.any(~run.ended & (run.step < left))
       return goes_on
 
     return condition
@@ -132,13 +132,13 @@ def stretch(
   run = lax.while_loop(has(1), one, run)
 
   # Cut at the limit and after the first end token.
-  counts = jnp.minimum(left, run.step)
-  index = jnp.arange(MAX_STEPS, dtype=jnp.int32)[None, :]
-  is_last = verification.is_any(run.tokens, eos_ids) & (index < counts[:, None])
-  first = jnp.min(jnp.where(is_last, index, MAX_STEPS), axis=-1)
-  counts = jnp.minimum(counts, first + 1)
+  counts, ended = verification.until_end(
+    run.tokens, jnp.minimum(left, run.step), eos_ids
+  )
+  # What is left of a block once every row is done is no step.
+  num_taken = jnp.max(counts)
   lengths = before + counts
-  done = state.done | jnp.any(is_last, axis=-1) | (lengths >= state.limits)
+  done = state.done | ended | (lengths >= state.limits)
   zeros = jnp.zeros((batch,), jnp.int32)
   outcome = policy_lib.Outcome(
     decision=policy_lib.Decision(depth=zeros, nodes=zeros, bin=zeros),
@@ -149,7 +149,7 @@ def stretch(
     draft_levels=jnp.int32(0),
     active=active,
     remaining=jnp.where(done, 0, state.limits - lengths),
-    steps=run.step,
+    steps=num_taken,
   )
   state = dataclasses.replace(
     state,
@@ -159,7 +159,7 @@ def stretch(
     cache=dataclasses.replace(run.cache, lengths=state.cache.lengths + counts),
     policy_state=policy.update(state.policy_state, outcome),
     log=state.log.append_plain(
-      run.step, counts, bucket_size=batch if shape.packed else 1
+      num_taken, counts, bucket_size=batch if shape.packed else 1
     ),
   )
 
@@ -187,7 +187,7 @@ def stretch(
       state, drafter_state=drafter_state
     )
 
-  is_wanted = (run.step > 0) & jnp.any(~done)
+  is_wanted = (num_taken > 0) & jnp.any(~done)
   _, state = lax.while_loop(lambda carry: carry[0], extend, (is_wanted, state))
   return state
 

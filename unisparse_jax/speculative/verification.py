@@ -49,6 +49,27 @@ def is_any(
   return functools.reduce(operator.or_, found, jnp.zeros(tokens.shape, bool))
 
 
+def until_end(
+  tokens: Int[Array, "batch n"],
+  counts: Int[Array, " batch"],
+  eos_ids: tuple[int, ...],
+) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
+  """How many of a row's first `counts` tokens stand; an end token is the last.
+
+  Args:
+    tokens: int32 [batch, n].
+    counts: int32 [batch], 0 to n.
+    eos_ids: tokens that end a row.
+
+  Returns:
+    int32 [batch], at most `counts`; and which rows have ended.
+  """
+  index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+  is_end = is_any(tokens, eos_ids) & (index < counts[:, None])
+  first = jnp.min(jnp.where(is_end, index, tokens.shape[1]), axis=-1)
+  return jnp.minimum(counts, first + 1), jnp.any(is_end, axis=-1)
+
+
 def follow(
   tokens: Int[Array, "batch ..."],
   reference: Int[Array, "batch capacity"],

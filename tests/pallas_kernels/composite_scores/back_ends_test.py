@@ -35,6 +35,15 @@ class TestTritonInterpreted(suite.BriefSuite):
     monkeypatch.setattr(triton, "_CHUNK_BYTES", 64)
     self.test_long_matches_float64(name)
 
+  @pytest.mark.parametrize("blocks", [dict(block_q=128), dict(block_kv=24)])
+  def test_bfloat16_in_blocks_that_fit_no_long_tile(self, blocks, monkeypatch):
+    monkeypatch.setattr(triton, "_long_tile_sizes", lambda *_: (8, 16, 4, 1))
+    (q, k, *counts), settings = suite.make_case("ragged")
+    arrays = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), *counts)
+    settings |= blocks
+    expected = suite.numpy_scores(*arrays, **settings)
+    helpers.assert_same(self.run(arrays, settings), expected, 1e-5)
+
   def test_long_refuses_blocks_of_other_sizes(self):
     arrays, settings = suite.make_long_case("square")
     with pytest.raises(NotImplementedError, match="block_kv // window_kv"):

@@ -211,9 +211,12 @@ class CompositeScoresSuite:
     expected = numpy_scores(*arrays, **settings)
     helpers.assert_same(self.run(arrays, settings), expected, self.tolerance)
 
-  @pytest.mark.parametrize("over_queries", ["mean", "max"])
-  def test_means_in_bfloat16(self, over_queries):
-    (q, k, *counts), settings = make_case("ragged")
+  # Of the second, batch and key groups are both more than one.
+  @pytest.mark.parametrize(
+    ("name", "over_queries"), [("ragged", "max"), ("no_grouping", "mean")]
+  )
+  def test_means_in_bfloat16(self, name, over_queries):
+    (q, k, *counts), settings = make_case(name)
     arrays = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), *counts)
     settings["over_queries"] = over_queries
     expected = numpy_scores(*arrays, **settings)

@@ -606,7 +606,7 @@ def test_gate_stops_a_drafter_that_does_not_pay(target, prompts, mixed, period):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    (dict(capacity=30), "^capacity must hold the prompt, the new tokens and a"),
+    (dict(capacity=30), "^capacity must hold the prompt, the new tokens and w"),
     (dict(max_new_tokens=60), "^tokens and max_new_tokens must hold at most"),
     (dict(max_new_tokens=[1, 2]), "^max_new_tokens must be an integer >= 1"),
     (dict(max_new_tokens=0), "^max_new_tokens must be an integer >= 1"),

