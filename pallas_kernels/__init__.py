@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of attention, decoding and a likelihood: arrays in, arrays out.
 
 Each op is a folder with one public function; `implementation=` names the

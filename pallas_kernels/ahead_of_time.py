@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lowering for GPUs and compiling for TPUs on machines that have neither."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one wording of argument errors in both packages."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about the device that back ends ask before they serve a call."""
 
 import jax

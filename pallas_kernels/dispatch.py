@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choice of a back end by name: the only place where an op falls through."""
 
 import contextlib

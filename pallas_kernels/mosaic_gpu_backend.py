@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Hopper back ends share: late imports, layouts, parameters."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the TPU back ends share: whether they can run, and the call."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton back ends share: the target they compile for, and the call.
 
 JAX deprecates its Triton back end in favour of Mosaic GPU, whose kernels here

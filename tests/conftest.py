@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strict modes for every test, and what must be set before JAX starts."""
 
 import gc

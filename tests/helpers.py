@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs and comparisons that several test files share."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may import whom, read from the sources; see CONTRIBUTING.md."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What notebooks import and name is there; running them takes minutes."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract by a full sort of every row, written to be read."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which blocks may and which must be kept: shared by all back ends."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threshold search in place of a sort; runs inside kernels and outside.
 
 The bits of a float32, as an integer with the lower 31 flipped for negative

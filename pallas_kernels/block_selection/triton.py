@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel for NVIDIA GPUs: one program selects and lists a few rows."""
 
 import functools

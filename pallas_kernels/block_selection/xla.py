@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any-device back end: threshold search over all rows at once."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over the listed key/value blocks of each query block."""
 
 from pallas_kernels.block_sparse_attention.api import (

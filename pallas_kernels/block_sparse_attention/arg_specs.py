@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of real models, for the tests that lower and the tables of tuning."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over single keys that were gathered once per head."""
 
 import functools

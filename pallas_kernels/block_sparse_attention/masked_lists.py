@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block lists as kernels take them: which blocks need a per-token mask."""
 
 import jax.numpy as jnp

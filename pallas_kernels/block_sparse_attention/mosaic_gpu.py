@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hopper back end: what the kernels are given, and the custom VJP."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hopper back end, gradients: dq over the block lists, dk and dv over theirs
 transposed.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Hopper kernels share: lists, order of tiles."""
 
 import dataclasses

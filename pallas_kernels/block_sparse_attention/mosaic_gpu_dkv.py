@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper kernel of dk and dv: a block of keys walks the query blocks that
 list it, for every query head of its key head in turn.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper kernel of dq: 128 query rows walk their block list again."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper forward kernel.
 
 One thread block holds 128 query rows: two compute warpgroups of 64 rows each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TPU kernel: each block of queries walks its list of key blocks.
 
 One grid step attends one block of queries of all the heads that share a mask

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense float32 oracle: quadratic in memory, written to be read."""
 
 import jax

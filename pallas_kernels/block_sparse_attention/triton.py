@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel for NVIDIA GPUs older than Hopper (and Hopper, for checking).
 
 One program attends one tile of queries of one head over its row's list. Rows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tile sizes and schedules of the GPU kernels, and the measured choices."""
 
 import dataclasses

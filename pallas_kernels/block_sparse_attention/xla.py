@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any-device back end: a loop over query tiles, each over its own block list.
 
 A tile is one block of queries of all the heads that share both a mask head and

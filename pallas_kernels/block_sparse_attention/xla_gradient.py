@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of back ends that have a forward pass alone, by the XLA one's."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hopper kernels: two passes on the tensor cores' own instructions.
 
 As in the Triton back end, the first pass finds the log-sum-exp of each sampled

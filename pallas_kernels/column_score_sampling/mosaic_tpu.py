@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TPU kernels: a pass for each row's log-sum-exp, a pass for the columns.
 
 Both let the sums run along sublanes, which adds whole registers: the first

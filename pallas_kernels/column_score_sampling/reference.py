@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense float32 oracle: holds every logit, written to be read."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tiles of rows a tile of keys meets; shared by the kernels."""
 
 import jax.numpy as jnp

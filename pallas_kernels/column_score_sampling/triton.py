@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels for NVIDIA GPUs: two passes, no logit stored.
 
 On a Hopper card they serve what `mosaic_gpu` refuses.

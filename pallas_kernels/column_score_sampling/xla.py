@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any-device back end: strips of sampled rows, head by head.
 
 A strip's logits stay in a CPU's cache: strips of all heads at once, of 32 MiB,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means over neighbouring tokens and heads."""
 
 from pallas_kernels.composite_pooling.api import (

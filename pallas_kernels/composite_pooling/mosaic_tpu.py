@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TPU kernel: one read of x as it lies, means over tokens and heads."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composite pooling in plain XLA, which fuses it into one read of x."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention between composite tokens, added up over blocks."""
 
 from pallas_kernels.composite_scores.api import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Per-composite terms and padding that the back ends share."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TPU kernel: two passes over the keys for each strip of composite queries.
 
 The grid is (batch, group, strip, pass, tile of key blocks). Keys come as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense float32 oracle: holds every composite score, written to be read."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels for NVIDIA GPUs: no composite score is stored.
 
 One program takes a strip of composite queries of one group.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any-device back end: strips of query blocks, one after another.
 
 A strip's scores stay in a core's cache, and a causal strip is scored against

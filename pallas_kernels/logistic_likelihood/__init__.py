@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-likelihood and gradient of logistic regression, for many chains."""
 
 from pallas_kernels.logistic_likelihood.api import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The textbook formula by automatic differentiation."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel for NVIDIA GPUs: one launch, no logit stored.
 
 A program holds a tile of chains and walks the rows of the design. Where XLA

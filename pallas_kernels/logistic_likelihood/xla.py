@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two matrix products and one exponential a logit; logits are stored."""
 
 import jax.numpy as jnp

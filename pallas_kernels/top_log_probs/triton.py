@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel for NVIDIA GPUs: a row of logits stays in registers.
 
 8 of 4,096 logits of 8 rows take 13.0 us on an H200 (8 warps; 2, 4, 16 warps

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`lax.top_k` and a log-sum-exp."""
 
 import jax

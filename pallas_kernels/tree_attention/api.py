@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the op: contract, validation, dispatch."""
 
 from jaxtyping import Array, Bool, Float, Int

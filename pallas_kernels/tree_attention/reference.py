@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The textbook formula in float32: one row of keys, heads repeated."""
 
 import jax

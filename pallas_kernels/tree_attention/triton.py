@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels for NVIDIA GPUs: one launch, or two for a longer cache.
 
 A decoding step of a small model waits for launches more than for memory: XLA's

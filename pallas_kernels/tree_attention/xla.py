@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two products with the cache, two with the tree, one softmax over both."""
 
 import jax

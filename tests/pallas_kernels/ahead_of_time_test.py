@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel lowers for CUDA, every TPU kernel compiles for TPUs.
 
 On a machine with neither. A change of JAX's API breaks a test here, not a user.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Back ends that are named around a call, not in it."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every element of a result is written: results begin as NaN.
 
 Pallas' interpreters begin so by themselves, which the suites of interpreted

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training-free sparse prefill attention.
 
     mask = UniSparse(top_p=0.95).select(q, k)

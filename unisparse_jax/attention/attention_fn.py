@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention as a value that a model is given: dense, or sparse by a pattern.
 
 Both are frozen dataclasses: hashable, hence static under `jit`, and printable.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which key blocks, and which single keys, each block of queries attends."""
 
 import dataclasses

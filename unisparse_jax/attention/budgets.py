@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Budgets of patterns as arrays, so that one program serves them all.
 
 A pattern is static under `jit`: each of its budgets is compiled apart, and so

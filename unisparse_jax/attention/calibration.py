@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings by head from what each head's attention shows on a few texts."""
 
 import numpy as np

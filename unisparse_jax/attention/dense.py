@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense attention: the baseline, and what decoding uses."""
 
 import jax

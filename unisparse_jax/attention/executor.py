@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention restricted to a `BlockMask`, blocks and columns together."""
 
 import functools

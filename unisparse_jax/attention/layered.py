@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Another attention in each layer, and the file that a calibration writes."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of dense attention a mask keeps; never a q_len x kv_len array."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of a few query rows over all keys, and masks made from it.
 
 Several methods look at some rows only. They add their probabilities up along

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From block scores to a mask: forced blocks, then top-p or top-k."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sparse attention method is, and the table of those that exist."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sparse attention costs in accuracy, and what it saves in time."""
 
 from unisparse_jax.evaluation.answers import Answer as Answer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers of a model to task prompts, with any attention in the prefill."""
 
 import dataclasses

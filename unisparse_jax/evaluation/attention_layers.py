@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pattern keeps of the dense attention of one layer."""
 
 import dataclasses

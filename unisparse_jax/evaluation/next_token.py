@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the next-token distribution moves from that of dense attention."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of selection, of attention, and to the first token."""
 
 import dataclasses

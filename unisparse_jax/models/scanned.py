@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prefill that is compiled for one layer and run over all of them.
 
 The decoder unrolls its layers, and each call of a kernel is lowered and

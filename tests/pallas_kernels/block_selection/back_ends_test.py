@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suite of block_selection on every back end that a CPU can run."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contract of block_selection, run once for each back end."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long ragged batches, beside float32 attention by blocks of queries."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper kernels: lowered for CUDA on any machine, run on a card."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The TPU kernel in TPU interpret mode: numbers, copies and semaphores."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from tests.pallas_kernels.block_sparse_attention import suite
 
 

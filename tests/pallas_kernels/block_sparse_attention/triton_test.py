@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernel: interpreted on a CPU, lowered for CUDA, run on a card."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The common suite on the Hopper kernels, through the dispatcher.
 
 Lowered on any machine, run on a card, at sizes that the back end takes: two

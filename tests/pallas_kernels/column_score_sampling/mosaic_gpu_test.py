@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper kernels: their numbers interpreted, and that they lower."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contract of column_score_sampling, run once for each back end."""
 
 import functools

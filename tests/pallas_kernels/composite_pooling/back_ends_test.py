@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """composite_pooling on every back end, against means taken token by token."""
 
 import functools

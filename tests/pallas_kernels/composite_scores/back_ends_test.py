@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suite of composite_scores on every back end that a CPU can run."""
 
 import functools

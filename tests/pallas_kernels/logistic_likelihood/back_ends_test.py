@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """logistic_likelihood on every back end that a CPU can run, and on a card."""
 
 import functools

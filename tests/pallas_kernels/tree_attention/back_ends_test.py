@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tree_attention on every back end that a CPU can run, and on a card."""
 
 import dataclasses

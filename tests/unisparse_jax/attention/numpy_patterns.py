@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods' published steps in plain NumPy, to be compared with.
 
 Written from the papers, a head and a row at a time, for one sequence without

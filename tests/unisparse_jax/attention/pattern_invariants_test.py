@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What holds for the mask of every pattern on any input."""
 
 import functools

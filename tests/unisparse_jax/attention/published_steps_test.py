@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every method against its published steps in NumPy: the same blocks."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of the shipped model on real text, with the masks chosen for it."""
 
 import argparse

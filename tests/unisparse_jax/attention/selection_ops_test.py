@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chain of ops, on any back end, chooses what a sort of exact scores does.
 
 And the UniSparse pattern, which is that chain, too.

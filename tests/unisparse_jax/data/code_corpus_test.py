@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cache of tokens: contents, splits, determinism, damage."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of a small corpus of real files."""
 
 from tests.unisparse_jax.data.tiny_corpus import cache as cache

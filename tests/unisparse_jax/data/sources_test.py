@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files are trained on, held out or left aside."""
 
 import pytest

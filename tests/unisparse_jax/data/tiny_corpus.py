@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small corpus of real standard-library files, built once a session."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizer: round trip, compositional lines, determinism, bad files."""
 
 import pickle

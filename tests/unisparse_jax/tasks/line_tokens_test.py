@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines of tokens on literal arrays."""
 
 import numpy as np

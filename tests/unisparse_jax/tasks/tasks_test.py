@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The 13 tasks: form, truth of the answers, lengths, RULER's counts."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every block: sparse attention that must equal dense attention."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FlexPrefill: per head, query-aware blocks or verticals and slashes.
 
 Source: FlexPrefill (arXiv 2502.20766) and its released code. Differs from it

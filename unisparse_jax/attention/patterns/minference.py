@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MInference: per head, an A-shape, verticals and slashes, or the best blocks.
 
 Source: MInference (arXiv 2407.02490) and its released code. Differs from it in:

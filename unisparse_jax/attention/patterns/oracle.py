@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The true block masses: the ceiling of recall for any selector of blocks.
 
 No method can use it, for it costs as much as dense attention. With as many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random blocks: the floor that a selector must beat at equal density."""
 
 import dataclasses

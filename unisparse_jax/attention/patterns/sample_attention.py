@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SampleAttention: columns, and slashes or a window, from sampled rows.
 
 Source: SampleAttention (arXiv 2406.15486): `SampleAttention` is the version of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sinks and a local window, chosen without a look at the content."""
 
 import dataclasses

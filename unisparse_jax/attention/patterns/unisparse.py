@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UniSparse: block selection by attention between composite tokens.
 
 Source: UniSparse (arXiv 2512.14082). The paper states composite tokens (means

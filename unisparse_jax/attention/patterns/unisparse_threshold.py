@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composite-token scores cut at one threshold for all rows and heads.
 
 Not in the UniSparse paper. `experiments.selector_study` compared many ways to

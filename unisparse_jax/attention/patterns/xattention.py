@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """XAttention: block scores from sums of logits along antidiagonals.
 
 Source: XAttention (arXiv 2503.16428) and its released code, from which it

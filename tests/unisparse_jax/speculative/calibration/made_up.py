@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logged trees that never were: random ones, and ones with a known rule."""
 
 import numpy as np
