@@ -2,7 +2,7 @@
 """Times of UniSparse, XAttention and FlexPrefill with faster selections.
 
 XAttention's scores by the kernel that UniSparse uses instead of XLA's products,
-FlexPrefill's mass by a threshold instead of two sorts: the same blocks, and the
+FlexPrefill's mass by a threshold instead of a sort: the same blocks, and the
 answers of study_more_prompts.py, in less time. UniSparse's composites are
 rounded to bfloat16 and multiplied once.
 

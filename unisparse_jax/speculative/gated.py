@@ -18,7 +18,7 @@ _PRIOR_RATE = 1.5
 _ROW_STEPS = 16.0
 _SPREAD = 0.15
 _LONGEST = 1024  # plain steps in a row
-_COST_OF_ALL = 1.03  # of a drafted step's: the gate itself takes 1 to 2% of one
+_MARGIN = 1.03  # on a drafted step's cost, of which the gate itself is 1 to 2%
 
 
 @jax.tree_util.register_dataclass
@@ -58,12 +58,12 @@ class Gated(policy_lib.StatelessPolicy):
   took the mean step's cost for that of shallow trees, which a policy chooses
   where drafts are poor, and closed where they paid: at temperature 1 and batch
   1 (H200, 155M) 1.03 to 1.49 times plain decoding where the policy within
-  reaches 1.33 to 1.91; at batch 16 and 64 0.91 to 0.95 where no draft pays,
-  0.95 to 0.97 now. Then the same sum with two steps' weight for what all rows
-  show: of 64 rows one has always had bad luck, and the gate closed, greedily,
-  where drafting brought 1.23, 1.36 and 1.52 times (it kept 1.17, 1.18, 1.19).
-  With twelve steps' weight and a memory of twenty it closed in two of these
-  (1.22 and 1.21 for 1.23 and 1.35).
+  reaches 1.33 to 1.91; at batch 16 and 64 0.91 to 0.95 where no draft pays.
+  Then the same sum with two steps' weight for what all rows show: of 64 rows
+  one has always had bad luck, and the gate closed, greedily, where drafting
+  brought 1.23, 1.36 and 1.52 times (it kept 1.17, 1.18, 1.19). With twelve
+  steps' weight and a memory of twenty it closed in two of these (1.22 and 1.21
+  for 1.23 and 1.35).
 
   Attributes:
     policy: decides whenever a step drafts.
@@ -145,7 +145,7 @@ class Gated(policy_lib.StatelessPolicy):
     costs = jnp.atleast_1d(number(self.step_cost))
     cost = costs[jnp.minimum(outcome.bucket, costs.shape[0] - 1)]
     cost += number(self.level_cost) * number(outcome.draft_levels)
-    cost *= number(_COST_OF_ALL)
+    cost *= number(_MARGIN)
 
     # Plain decoding takes as many steps as the row with most has tokens left.
     left = number(outcome.remaining)

@@ -2,10 +2,10 @@
 """Plain decoding inside the speculative loop, for as long as no draft pays.
 
 A step here is one of plain decoding and little else, as each further operation
-on a few numbers takes a GPU 4 us. All rows go on, those that are done too: what
-they write lies behind their ends. Log, policy and drafter hear of a stretch
-when it is over. Most steps are taken in blocks of known length, as a GPU waits
-for the host where a loop asks whether to go on.
+on a few numbers takes a GPU 2 to 4 us. All rows go on, those that are done too:
+what they write lies behind their ends. Log, policy and drafter hear of a
+stretch when it is over. Most steps are taken in blocks of known length, as a
+GPU waits for the host where a loop asks whether to go on.
 
 Measured on an H200 (155M target, batch 16, temperature 1), where plain decoding
 takes 1.08 ms a step: with a log entry, an update of the gate and that question
@@ -73,13 +73,13 @@ def stretch(
     tapped = jnp.zeros((batch, MAX_STEPS, width), target.dtype)
 
   def one(run):
-    positions = state.cache.lengths + run.step
+    positions = run.cache.lengths
     out = models.tree_forward(
       target,
       run.token[:, None],
       positions[:, None],
       jnp.ones((batch, 1, 1), bool),
-      dataclasses.replace(run.cache, lengths=positions),
+      run.cache,
       taps=taps,
     )
     logits = target.logits(out.hidden[:, 0])
@@ -89,9 +89,6 @@ def stretch(
     token = sampling.draw_with_noise(sampler, logits, noise)
     if state.reference is not None:
       token = verification.follow(token, state.reference, positions + 1)
-    written = dataclasses.replace(run.cache, lengths=positions).append(
-      out.k, out.v, jnp.zeros_like(positions)
-    )
     tapped = run.tapped
     if tapped is not None:
       tapped = lax.dynamic_update_slice(tapped, out.taps, (0, run.step, 0))
@@ -102,7 +99,7 @@ def stretch(
         run.tokens, token[:, None], (0, run.step)
       ),
       ended=run.ended | verification.is_any(token, eos_ids),
-      cache=dataclasses.replace(written, lengths=run.cache.lengths),
+      cache=run.cache.append(out.k, out.v, jnp.ones_like(positions)),
       tapped=tapped,
     )
 
