@@ -17,6 +17,7 @@ cache would copy it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ from unisparse_jax.speculative import tree, verification
 from unisparse_jax.speculative.drafters import base
 
 MAX_STEPS = 128  # then the drafter is told, and the policy asked again
-_BLOCK = 8
+# Longest first. Where tokens may end a batch, what is left of a block is lost.
+_BLOCKS, _BLOCKS_TO_END = (32, 8, 1), (8, 1)
 
 
 def stretch(
@@ -121,12 +123,8 @@ def stretch(
     cache=state.cache,
     tapped=tapped,
   )
-  run = lax.while_loop(
-    has(_BLOCK),
-    lambda run: lax.fori_loop(0, _BLOCK, lambda _, run: one(run), run),
-    run,
-  )
-  run = lax.while_loop(has(1), one, run)
+  for size in _BLOCKS_TO_END if eos_ids else _BLOCKS:
+    run = lax.while_loop(has(size), functools.partial(_repeat, one, size), run)
 
   # Cut at the limit and after the first end token.
   counts, ended = verification.until_end(
@@ -187,6 +185,10 @@ def stretch(
   is_wanted = (num_taken > 0) & jnp.any(~done)
   _, state = lax.while_loop(lambda carry: carry[0], extend, (is_wanted, state))
   return state
+
+
+def _repeat(one, size: int, run):
+  return lax.fori_loop(0, size, lambda _, run: one(run), run)
 
 
 @jax.tree_util.register_dataclass

@@ -147,3 +147,17 @@ def test_stretches_of_any_length_with_the_least_capacity(
   assert (levels == 0).any() and (levels == 2).any()
   # A stretch of no steps is told as one of none.
   assert int(session.state.policy_state[1]) == int(result.log.num_steps)
+
+
+def test_long_stretches_are_plain_decoding(target, prompts):
+  new = 50  # 32, 8, 8 and 1 steps
+  expected = models.generate(target, prompts, max_new_tokens=new)
+  result = speculative.generate(
+    target,
+    speculative.PromptLookup(),
+    prompts,
+    max_new_tokens=new,
+    shape=SHAPE,
+    policy=DECLINES,
+  )
+  check(result, np.asarray(expected), [new] * 4)
