@@ -34,7 +34,9 @@ def dense_attention(
     causal: whether a query sees only keys at or before its own position.
     scale: softmax scale; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
-    kv_len: number of valid keys; scalar or [batch]; default all of k.
+    kv_len: number of valid keys; scalar or [batch]; default all of k. Where
+      k has the keys of q itself, queries past it are padding too: cuDNN lets
+      them see padding.
     implementation: "tiled": a loop over blocks with memory linear in length.
       "xla", "cudnn": `jax.nn.dot_product_attention`. None: "cudnn" on a GPU
       where it serves the call, "xla" for a few queries, else "tiled".
@@ -47,13 +49,11 @@ def dense_attention(
   """
   checks.check_qkv(q, k, v)
   checks.check_scale(scale)
-  # Only a plain call may use the library's own causal mask.
-  plain = (
-    isinstance(q_offset, int)
-    and q_offset == 0
-    and kv_len is None
-    and (not causal or q.shape[1] == k.shape[1])
-  )
+  # Only a plain call may use the library's own causal mask, which hides keys
+  # past kv_len from all queries that count.
+  starts = isinstance(q_offset, int) and q_offset == 0
+  is_square = causal and starts and q.shape[1] == k.shape[1]
+  plain = is_square or (not causal and starts and kv_len is None)
   if implementation is None:
     implementation = "xla" if q.shape[1] <= _DECODE_LEN else "tiled"
     half = jnp.dtype(q.dtype).itemsize == 2
@@ -64,7 +64,7 @@ def dense_attention(
     return _tiled(q, k, v, causal, scale, q_offset, kv_len)
 
   mask = None
-  if not plain:
+  if not (plain and (kv_len is None or implementation == "cudnn")):
     batch, shape = q.shape[0], (q.shape[0], 1, q.shape[1], k.shape[1])
     kv_len = k.shape[1] if kv_len is None else kv_len
     key = lax.broadcasted_iota(jnp.int32, shape, 3)
@@ -83,7 +83,7 @@ def dense_attention(
       v,
       mask=mask,
       scale=scale,
-      is_causal=causal and plain,
+      is_causal=causal and mask is None,
       implementation=implementation,
     )
 

@@ -41,7 +41,8 @@ class Settings:
     shape: sizes of trees.
     sampler: how the target's tokens are drawn.
     eos_ids: tokens that end a row.
-    capacity: slots of the target's cache and of the token buffer.
+    capacity: slots of the target's cache.
+    slack: more slots that the token buffer and the drafter have.
     max_steps: entries of the log.
     log_trees: whether the log keeps the trees.
     chunk: tokens per pass of the target over the prompt, or None for all.
@@ -51,6 +52,7 @@ class Settings:
   sampler: sampling.Sampler
   eos_ids: tuple[int, ...]
   capacity: int
+  slack: int
   max_steps: int
   log_trees: bool
   chunk: int | None = None
@@ -153,11 +155,18 @@ def decode(
   return lax.while_loop(is_running, body, state)
 
 
-def room_behind(policy: policy_lib.Policy, shape: tree.TreeShape) -> int:
+def room_behind(shape: tree.TreeShape) -> int:
   """Slots past the last token that a step, or the drafter, may write."""
-  is_plain = policy.can_skip or policy.declines
-  longest = plain_steps.MAX_STEPS if is_plain else 0
-  return max(shape.max_depth, longest) + 1
+  return shape.max_depth + 1
+
+
+def slack_behind(policy: policy_lib.Policy) -> int:
+  """Slots more that a stretch of plain steps writes in one go, at its end.
+
+  Not in the target's cache: each slot of it may cost the attention of every
+  step.
+  """
+  return plain_steps.MAX_STEPS if policy.can_skip or policy.declines else 0
 
 
 def _context(state: DecodeState) -> base.Context:

@@ -23,8 +23,9 @@ from unisparse_jax.speculative import engine, prefill, statistics, tree
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative.drafters import base
 
-# Prompts of similar length then share one compiled loop.
-_CAPACITY_MULTIPLE = 128
+# Prompts of similar length then share one compiled loop. Of 128, a GPU's
+# attention would share a row among more programs than in plain decoding.
+_CAPACITY_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def generate(
       counts. Needs `detokenize`, and looks after every chunk of steps.
     detokenize: text of a list of tokens.
     steps_per_chunk: steps between two looks.
-    capacity: slots of caches and buffers; default: what is needed.
+    capacity: slots of the target's cache; default: what is needed.
     chunk: tokens per pass of the target over the prompt; default all.
     log_trees: keep the trees of every step, for calibration.
     check_drafter: compare the policy's drafter_hash; reads all weights.
@@ -201,8 +202,8 @@ def prepare(
   if chunk is not None:
     checks.check_positive_int("chunk", chunk)
     chunk = int(chunk) if chunk < q_len else None
-  # A step writes a whole path past what is known, a plain one goes on there.
-  room = engine.room_behind(policy, shape)
+  # A step writes a whole path past what is known.
+  room = engine.room_behind(shape)
   needed = total + room
   if capacity is None:
     capacity = -(-needed // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
@@ -238,6 +239,7 @@ def prepare(
     sampler=sampler,
     eos_ids=eos_ids,
     capacity=int(capacity),
+    slack=engine.slack_behind(policy),
     max_steps=new_tokens,
     log_trees=log_trees,
     chunk=chunk,

@@ -175,6 +175,35 @@ def test_dense_attention(implementation, causal):
   helpers.assert_same(out, expected, 1e-6)
 
 
+def test_prompts_of_several_lengths_go_to_cudnn(monkeypatch):
+  q, k, v = (
+    x.astype(jnp.bfloat16)
+    for x in helpers.make_qkv(batch=2, q_len=40, kv_len=40)
+  )
+  asked, library = [], jax.nn.dot_product_attention
+
+  def in_place_of_cudnn(*args, **kwargs):
+    asked.append(kwargs)
+    return library(*args, **kwargs | {"implementation": "xla"})
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", in_place_of_cudnn)
+  lengths = jnp.asarray([40, 23])
+  out = attention.dense_attention(q, k, v, kv_len=lengths)
+  (call,) = asked
+  assert call["implementation"] == "cudnn" and call["is_causal"]
+  assert call["mask"] is None
+  expected = attention.dense_attention(
+    q, k, v, kv_len=lengths, implementation="tiled"
+  )
+  for row, length in enumerate(lengths):
+    helpers.assert_same(out[row, :length], expected[row, :length], 1e-2)
+  # Later positions, or keys that all queries would see, want a mask.
+  attention.dense_attention(q, k, v, kv_len=lengths, q_offset=lengths)
+  attention.dense_attention(q, k, v, kv_len=lengths, causal=False)
+  assert len(asked) == 1
+
+
 def test_plug_in_of_nnx_attention():
   layer = nnx.MultiHeadAttention(
     4,

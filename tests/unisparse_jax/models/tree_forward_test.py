@@ -149,6 +149,18 @@ def test_a_lower_triangle_is_a_prefill(model, setup):
   np.testing.assert_array_equal(filled.lengths, cache.lengths)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_past_the_end_goes_into_the_last_slot(batch):
+  old = jnp.arange(batch * 2 * 5 * 4, dtype=jnp.float32).reshape(batch, 2, 5, 4)
+  cache = models.TreeCache(
+    k=(old,), v=(old,), lengths=jnp.arange(5, 5 + batch, dtype=jnp.int32)
+  )
+  new = jnp.full((batch, 1, 2, 4), -1.0)
+  filled = cache.append((new,), (new,), jnp.ones((batch,), jnp.int32))
+  np.testing.assert_array_equal(filled.k[0][:, :, :4], old[:, :, :4])
+  np.testing.assert_array_equal(filled.k[0][:, :, 4], -1.0)
+
+
 def test_scratch_gives_level_by_level_what_one_pass_gives(model, setup):
   _, tokens, positions, mask, cache = setup
   whole = forward(model, tokens, positions, mask, cache)

@@ -70,7 +70,7 @@ def test_no_step_is_taken_for_rows_that_are_done(
     eos_id=EOS,
     shape=SHAPE,
     policy=DECLINES,
-    capacity=9 + NEW + engine.room_behind(DECLINES, SHAPE),
+    capacity=9 + NEW + engine.room_behind(SHAPE),
   )
   check(result, plain[rows], counts)
   summary = speculative.summarize(result.log)
@@ -132,7 +132,7 @@ def test_stretches_of_any_length_with_the_least_capacity(
     eos_id=EOS,
     shape=SHAPE,
     policy=policy,
-    capacity=9 + NEW + engine.room_behind(policy, SHAPE),
+    capacity=9 + NEW + engine.room_behind(SHAPE),
   )
   for chunk in session.chunks(5):  # ends amid stretches
     chunk.stop_at((text,), detokenize)
