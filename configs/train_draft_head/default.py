@@ -4,11 +4,13 @@
 Run:     python -m experiments.train_draft_head
            --config=configs/train_draft_head/default.py --workdir=out/head
          after configs/train_decoder/target_155m.py into out/target.
-Device:  one H100, about 2 minutes of writing and 3 of training.
+Device:  one H100 or H200, about 2 minutes of writing and 3 of training.
 Expect:  6.3M own tokens in 120 s; 3,081 steps in 180 s (388,000 tokens/s);
          held out, a chain of 5 accepts 4.5 tokens a call on short texts
          (accuracy 87 to 85%) and 3.6 on long ones, of which only 128 were
-         written; results/train_draft_head_h100.jsonl.
+         written; results/train_draft_head_h100.jsonl. On an H200 12.9M tokens
+         and 3,647 steps in 200 s (435,000): 4.7, and 4.5 on long ones;
+         results/train_draft_head_h200.jsonl.
 """
 
 import ml_collections
