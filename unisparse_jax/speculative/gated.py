@@ -51,8 +51,9 @@ class Gated(policy_lib.StatelessPolicy):
   loses, is added up; once that is more than the batch's patience, the next
   `period` steps draft nothing. Many rows tell sooner than one, so the patience
   of a batch is less. Then drafting has `look` to lose before the next stretch,
-  twice as long. Only steps that are over are looked at, so the output stays
-  that of plain decoding.
+  twice as long, unless that would be the last: then plain decoding goes on.
+  Only steps that are over are looked at, so the output stays that of plain
+  decoding.
 
   Tried before: a running mean of all rows' tokens against one break-even. It
   took the mean step's cost for that of shallow trees, which a policy chooses
@@ -174,12 +175,10 @@ class Gated(policy_lib.StatelessPolicy):
       ]
     )
     is_drafted = outcome.draft_levels > 0
-    waited = jnp.stack(
-      [
-        state.stretch[0],
-        jnp.maximum(state.stretch[1] - outcome.steps, 0),
-      ]
-    )
+    following, wait = state.stretch
+    rest = jnp.maximum(wait - outcome.steps, 0)
+    goes_on = (wait > 0) & (jnp.max(outcome.remaining) <= following)
+    waited = jnp.stack([following, jnp.where(goes_on, following, rest)])
     return GateState(
       inner=inner,
       rows=jnp.where(is_drafted, rows, state.rows),
