@@ -3,6 +3,8 @@
 # From the repository's root:
 #
 #   SPEC=out/spec scripts/speculation.sh        some 25 minutes of an H100
+#   GPUS=4 SPEC=out/spec scripts/speculation.sh    calibration and measurement of
+#     the four batch sizes side by side, each on a GPU and CPUs of its own
 #   SMOKE=1 SPEC=out/smoke scripts/speculation.sh    a tiny target on a CPU
 #
 # Each step has a time limit and goes on from checkpoints when the script is run
@@ -20,6 +22,9 @@ TEXTS_S=${TEXTS_S:-140}
 HEAD_S=${HEAD_S:-190}
 CALIBRATE_S=${CALIBRATE_S:-170}
 SPEED_S=${SPEED_S:-360}
+GPUS=${GPUS:-1}
+# Batch sizes that have a process each where there are several GPUs.
+BATCHES=${BATCHES:-$([ "${SMOKE:-0}" = 1 ] && echo "1 2" || echo "1 4 16 64")}
 # A folder with a corpus that was tokenised elsewhere, as `data.build_cache`
 # writes it; without it the sources of this machine's packages are tokenised.
 CORPUS=${CORPUS:-}
@@ -69,7 +74,6 @@ fi
 if [ ! -e "$SPEC/target/model/config.json" ]; then
   say "no target model: nothing more can run"; exit 1
 fi
-ART="$SPEC/policy.json"
 if has head; then
   LIMITS=""
   [ "$SMOKE" = 1 ] || LIMITS="--config.texts.max_seconds=$TEXTS_S --config.train.max_seconds=$HEAD_S"
@@ -81,21 +85,53 @@ if [ ! -e "$SPEC/head/head/draft_head.json" ]; then
   say "no draft head: nothing more can run"; exit 1
 fi
 COMMON="--config=$S_CFG --config.target=$SPEC/target/model --config.head=$SPEC/head/head \
-  --config.corpus=$CORPUS --config.artefact=$ART $EXTRA_SPEED"
-if has calibrate; then
-  run calibrate $((CALIBRATE_S + GRACE_S)) $PY -m experiments.calibrate_speculation $COMMON --workdir="$SPEC/calibration" \
-    --config.calibration.max_seconds=$CALIBRATE_S.0
-fi
-if has speedup; then
-  METHODS=""
+  --config.corpus=$CORPUS"
+calibrate_and_measure() {  # suffix of names, flags...
+  local end=$1; shift
+  local art="$SPEC/policy$end.json" methods=""
+  if has calibrate; then
+    run calibrate$end $((CALIBRATE_S + GRACE_S)) $PY -m experiments.calibrate_speculation $COMMON \
+      --config.artefact="$art" --config.calibration.max_seconds=$CALIBRATE_S.0 "$@" $EXTRA_SPEED \
+      --workdir="$SPEC/calibration$end"
+  fi
+  has speedup || return 0
   # Without an artefact: what needs none.
-  [ -e "$ART" ] || METHODS='--config.methods=("plain","fixed","eagle2","ngram","suffix","static")'
-  TAIL=60 run speedup $((SPEED_S + GRACE_S)) $PY -m experiments.speculative_speedup $COMMON $METHODS \
-    --workdir="$SPEC/speedup" --config.max_seconds=$SPEED_S.0
+  [ -e "$art" ] || methods='--config.methods=("plain","fixed","eagle2","ngram","suffix","static")'
+  TAIL=60 run speedup$end $((SPEED_S + GRACE_S)) $PY -m experiments.speculative_speedup $COMMON $methods \
+    --config.artefact="$art" --config.max_seconds=$SPEED_S.0 "$@" $EXTRA_SPEED --workdir="$SPEC/speedup$end"
+}
+if [ "$GPUS" -le 1 ]; then
+  calibrate_and_measure ""
+else
+  IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+  [ ${#devices[@]} -ge "$GPUS" ] || { say "GPUS=$GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"; exit 2; }
+  cpus=($($PY -c "import os; print(*sorted(os.sched_getaffinity(0)))"))
+  share=$(( ${#cpus[@]} / GPUS ))
+  trap 'trap - INT TERM; kill 0' INT TERM
+  for (( gpu = 0; gpu < GPUS; gpu++ )); do
+    (
+      export CUDA_VISIBLE_DEVICES=${devices[gpu]}
+      if [ $share -gt 0 ]; then
+        own=("${cpus[@]:gpu * share:share}")
+        taskset -cp "$(IFS=,; echo "${own[*]}")" $BASHPID > /dev/null
+      fi
+      number=0
+      for batch in $BATCHES; do
+        if [ $((number % GPUS)) = $gpu ]; then
+          # The first process has the long prompts; rows are compared in each.
+          shared="--config.exact_batches=($batch,)"
+          [ $number = 0 ] || shared="$shared --config.long_prompts=()"
+          calibrate_and_measure _$batch "--config.batches=($batch,)" $shared
+        fi
+        number=$((number + 1))
+      done
+    ) &
+  done
+  wait
 fi
-for f in "$SPEC"/*.log "$ART" "$SPEC"/target/train/metrics.jsonl "$SPEC"/head/train/metrics.jsonl \
-         "$SPEC"/calibration/records.jsonl "$SPEC"/calibration/log.npz "$SPEC"/speedup/records.jsonl \
-         "$SPEC"/speedup/report.html "$SPEC"/speedup/figure_*.png; do
+for f in "$SPEC"/*.log "$SPEC"/policy*.json "$SPEC"/target/train/metrics.jsonl "$SPEC"/head/train/metrics.jsonl \
+         "$SPEC"/calibration*/records.jsonl "$SPEC"/calibration*/log.npz "$SPEC"/speedup*/records.jsonl \
+         "$SPEC"/speedup*/report.html "$SPEC"/speedup*/figure_*.png; do
   [ -e "$f" ] || continue
   name=$(echo "${f#$SPEC/}" | tr / _)
   cp "$f" "$OUT_DIR/$name"

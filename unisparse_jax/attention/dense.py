@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks
+from pallas_kernels import checks, device
 from pallas_kernels.block_sparse_attention import xla
 from unisparse_jax.attention import block_mask
 
@@ -35,8 +35,8 @@ def dense_attention(
     scale: softmax scale; default head_dim ** -0.5.
     q_offset: absolute position of query 0; scalar or [batch].
     kv_len: number of valid keys; scalar or [batch]; default all of k. Where
-      k has the keys of q itself, queries past it are padding too: cuDNN lets
-      them see padding.
+      causal queries have all keys up to their own (q_offset 0, as many keys as
+      queries), those past it are padding too: cuDNN lets them see padding.
     implementation: "tiled": a loop over blocks with memory linear in length.
       "xla", "cudnn": `jax.nn.dot_product_attention`. None: "cudnn" on a GPU
       where it serves the call, "xla" for a few queries, else "tiled".
@@ -51,13 +51,14 @@ def dense_attention(
   checks.check_scale(scale)
   # Only a plain call may use the library's own causal mask, which hides keys
   # past kv_len from all queries that count.
+  if kv_len is not None:
+    kv_len = checks.per_row("kv_len", kv_len, q.shape[0])
   starts = isinstance(q_offset, int) and q_offset == 0
   is_square = causal and starts and q.shape[1] == k.shape[1]
   plain = is_square or (not causal and starts and kv_len is None)
   if implementation is None:
     implementation = "xla" if q.shape[1] <= _DECODE_LEN else "tiled"
-    half = jnp.dtype(q.dtype).itemsize == 2
-    if jax.default_backend() == "gpu" and half and plain:
+    if jax.default_backend() == "gpu" and plain and _serves(q):
       implementation = "cudnn"
   checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
   if implementation == "tiled":
@@ -66,9 +67,9 @@ def dense_attention(
   mask = None
   if not (plain and (kv_len is None or implementation == "cudnn")):
     batch, shape = q.shape[0], (q.shape[0], 1, q.shape[1], k.shape[1])
-    kv_len = k.shape[1] if kv_len is None else kv_len
+    limit = k.shape[1] if kv_len is None else kv_len
     key = lax.broadcasted_iota(jnp.int32, shape, 3)
-    limit = checks.per_row("kv_len", kv_len, batch)[:, None, None, None]
+    limit = checks.per_row("kv_len", limit, batch)[:, None, None, None]
     if causal:
       position = lax.broadcasted_iota(jnp.int32, shape, 2)
       offset = checks.per_row("q_offset", q_offset, batch)
@@ -86,6 +87,14 @@ def dense_attention(
       is_causal=causal and mask is None,
       implementation=implementation,
     )
+
+
+def _serves(q) -> bool:
+  """Whether cuDNN takes such queries on the default device."""
+  is_half = jnp.dtype(q.dtype).itemsize == 2
+  newer = (device.nvidia_compute_capability() or (0, 0)) >= (9, 0)
+  head_dim = q.shape[-1]
+  return is_half and head_dim % 8 == 0 and head_dim <= (256 if newer else 128)
 
 
 def _tiled(q, k, v, causal, scale, q_offset, kv_len):

@@ -71,7 +71,7 @@ class TreeCache:
     """Takes the first counts[b] of n tokens a row; writes n slots.
 
     There must be room for n tokens past every length: XLA would move the write
-    back onto valid slots. One token past the end goes into the last slot.
+    back onto valid slots. One token past the end replaces the last one.
     """
     return TreeCache(
       k=tuple(map(self._write, self.k, k)),

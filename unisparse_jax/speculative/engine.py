@@ -64,12 +64,13 @@ class DecodeState:
   """Everything that a step changes.
 
   Attributes:
-    tokens: int32 [batch, capacity], prompt and emitted tokens.
+    tokens: int32 [batch, slots], prompt and emitted tokens; slots are
+      `Settings.capacity` and `slack`.
     lengths: int32 [batch], known tokens, root included.
     limits: int32 [batch], known tokens at which a row ends.
     done: bool [batch].
     keys: [batch] typed keys, or None for a sampler without noise.
-    reference: int32 [batch, capacity], by absolute position the token that a
+    reference: int32 [batch, slots], by absolute position the token that a
       row is taken to write, -1 for what it draws; or None for no such text.
     cache: of the target; lengths - 1 tokens a row.
     drafter_state: of the drafter.
@@ -77,12 +78,12 @@ class DecodeState:
     log: what happened.
   """
 
-  tokens: Int[Array, "batch capacity"]
+  tokens: Int[Array, "batch slots"]
   lengths: Int[Array, " batch"]
   limits: Int[Array, " batch"]
   done: Bool[Array, " batch"]
   keys: Any
-  reference: Int[Array, "batch capacity"] | None
+  reference: Int[Array, "batch slots"] | None
   cache: models.TreeCache
   drafter_state: Any
   policy_state: Any
@@ -156,7 +157,11 @@ def decode(
 
 
 def room_behind(shape: tree.TreeShape) -> int:
-  """Slots past the last token that a step, or the drafter, may write."""
+  """Slots past the last token that a step, or the drafter, may write.
+
+  At least two: no row's own token lies in the last slot of the target's cache,
+  where `plain_steps` leave what they write past the end.
+  """
   return shape.max_depth + 1
 
 

@@ -23,8 +23,8 @@ from unisparse_jax.speculative import engine, prefill, statistics, tree
 from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative.drafters import base
 
-# Prompts of similar length then share one compiled loop. Of 128, a GPU's
-# attention would share a row among more programs than in plain decoding.
+# Prompts of similar length then share one compiled loop. With 128, attention on
+# a GPU would share a row among more programs than in plain decoding.
 _CAPACITY_MULTIPLE = 64
 
 

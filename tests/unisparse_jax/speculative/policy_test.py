@@ -140,14 +140,16 @@ def test_gate_takes_bad_luck_of_some_row_for_luck():
   assert gate_steps(policy, lambda i: poor[i], [400] * 64, 60).index(False) <= 5
 
 
-def test_gate_takes_no_look_that_the_last_stretch_would_follow():
+def test_gate_takes_no_look_late_in_a_batch():
   policy = gate(step_cost=3.0, period=20)
-  drafted = gate_steps(policy, lambda _: 1, [60], 60)
+  drafted = gate_steps(policy, lambda _: 1, [40, 30], 40)
   first = drafted.index(False)
-  assert 20 < 60 - (first + 20) <= 40  # left behind the first stretch
+  assert 0 < 40 - (first + 20) <= 20  # left behind the first stretch
   assert not any(drafted[first:])
-  # With more to come there are looks.
-  assert any(gate_steps(policy, lambda _: 1, [200], 60)[first:])
+  # With more to come, or one row, there are looks.
+  assert any(gate_steps(policy, lambda _: 1, [200, 30], 60)[first:])
+  drafted = gate_steps(policy, lambda _: 1, [40], 40)
+  assert any(drafted[drafted.index(False) :])
 
 
 def test_gate_hears_of_a_stretch_at_once():

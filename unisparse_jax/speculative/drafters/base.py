@@ -144,7 +144,7 @@ class Drafter(Protocol):
     Args:
       target: the model that verifies.
       state: earlier tokens; empty in a prefill.
-      committed: new tokens, of which there is room for as many as are given.
+      committed: new tokens; the caches have room for all n from their start.
       is_prefill: static; the state is empty and every start is 0.
       attention_fn: how to attend in a prefill.
     """
