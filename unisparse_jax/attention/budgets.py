@@ -117,13 +117,6 @@ class BudgetedAttention:
 
   templates: tuple[attention_fn.AttentionFn, ...]
 
-  @property
-  def is_dense(self) -> bool:
-    """Whether every layer attends densely."""
-    return all(
-      isinstance(t, attention_fn.DenseAttention) for t in self.templates
-    )
-
   def attention(
     self, index: int, budget: Float[Array, "..."]
   ) -> attention_fn.AttentionFn:

@@ -49,10 +49,10 @@ def dense_attention(
   """
   checks.check_qkv(q, k, v)
   checks.check_scale(scale)
-  # Only a plain call may use the library's own causal mask, which hides keys
-  # past kv_len from all queries that count.
   if kv_len is not None:
     kv_len = checks.per_row("kv_len", kv_len, q.shape[0])
+  # Only a plain call may use the library's own causal mask, which hides keys
+  # past kv_len from all queries that count.
   starts = isinstance(q_offset, int) and q_offset == 0
   is_square = causal and starts and q.shape[1] == k.shape[1]
   plain = is_square or (not causal and starts and kv_len is None)
@@ -67,9 +67,10 @@ def dense_attention(
   mask = None
   if not (plain and (kv_len is None or implementation == "cudnn")):
     batch, shape = q.shape[0], (q.shape[0], 1, q.shape[1], k.shape[1])
-    limit = k.shape[1] if kv_len is None else kv_len
     key = lax.broadcasted_iota(jnp.int32, shape, 3)
-    limit = checks.per_row("kv_len", limit, batch)[:, None, None, None]
+    limit = jnp.int32(k.shape[1])
+    if kv_len is not None:
+      limit = kv_len[:, None, None, None]
     if causal:
       position = lax.broadcasted_iota(jnp.int32, shape, 2)
       offset = checks.per_row("q_offset", q_offset, batch)

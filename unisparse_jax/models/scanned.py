@@ -78,9 +78,7 @@ def scanned_prefill(
     model: a decoder; of its layers only the structure is used.
     layers: from `stack_layers`.
     tokens: int32 [batch, q_len], right-padded.
-    lengths: int32 [batch], valid tokens of each row. Dense attention does not
-      ask: a valid query never sees the padding on its right, and cuDNN's own
-      causal mask then serves.
+    lengths: int32 [batch], valid tokens of each row.
     budgets: of each layer.
     attention_fn: from `attention.budgeted`, as `budgets`.
     capacity: slots of the cache, at least q_len.
@@ -106,7 +104,6 @@ def scanned_prefill(
   graphdef = nnx.graphdef(model.layers[0])
   positions = jnp.arange(q_len, dtype=jnp.int32)[None, :]
   cos, sin = rope.cos_sin(positions, model.config)
-  kv_len = None if attention_fn.is_dense else lengths
   room = ((0, 0), (0, capacity - q_len), (0, 0), (0, 0))
 
   def one_layer(x, operands):
@@ -117,7 +114,7 @@ def scanned_prefill(
     def attend(q, k, v):
       queries.append(q)
       return attention_fn(
-        layer, q, k, v, causal=True, scale=None, q_offset=0, kv_len=kv_len
+        layer, q, k, v, causal=True, scale=None, q_offset=0, kv_len=lengths
       )
 
     x, k, v = block.attend_with(x, cos, sin, attend)

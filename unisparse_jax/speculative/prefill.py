@@ -125,16 +125,16 @@ def _first_state(
   """Fields of `engine.DecodeState` but the cache, after the first token."""
   batch, q_len = tokens.shape
   shape = settings.shape
-  capacity = settings.capacity + settings.slack
+  slots = settings.capacity + settings.slack
   noise = None
   if keys is not None:
     noise = sampling.noise_at(keys, lengths, target.config.vocab_size)
   first = sampling.draw_with_noise(settings.sampler, logits, noise)
   if reference is not None:
-    free = jnp.full((batch, capacity), -1, jnp.int32)
+    free = jnp.full((batch, slots), -1, jnp.int32)
     reference = tree.write_rows(free, reference, lengths)
     first = verification.follow(first, reference, lengths)
-  buffer = jnp.pad(tokens, ((0, 0), (0, capacity - q_len)))
+  buffer = jnp.pad(tokens, ((0, 0), (0, slots - q_len)))
   buffer = tree.write_rows(buffer, first[:, None], lengths)
   committed = base.Committed(
     tokens=tokens,
@@ -145,7 +145,7 @@ def _first_state(
   )
   drafter_state = drafter.extend(
     target,
-    drafter.init(target, batch=batch, capacity=capacity),
+    drafter.init(target, batch=batch, capacity=slots),
     committed,
     is_prefill=True,
     attention_fn=attention_fn,
