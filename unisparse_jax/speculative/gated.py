@@ -51,10 +51,11 @@ class Gated(policy_lib.StatelessPolicy):
   loses, is added up; once that is more than the batch's patience, the next
   `period` steps draft nothing. Many rows tell sooner than one, so the patience
   of a batch is less. Then drafting has `look` to lose before the next stretch,
-  twice as long. Several rows get no look where less is left than the stretch
-  that is over: all of them would have to become easy, and soon (then up to 35%
-  are lost, against 0.4% won where nothing changes). Only steps that are over
-  count, so the output stays that of plain decoding.
+  twice as long. Several rows get no look where less would be left than the
+  stretch before it: all of them would have to become easy, and soon (then up to
+  35% are lost, against 0.4% won where nothing changes); one stretch takes what
+  is left, as each asks the host anew. Only steps that are over count, so the
+  output stays that of plain decoding.
 
   Tried before: a running mean of all rows' tokens against one break-even. It
   took the mean step's cost for that of shallow trees, which a policy chooses
@@ -167,27 +168,28 @@ class Gated(policy_lib.StatelessPolicy):
         ),
       ]
     )
-    period = jnp.asarray(self.period, jnp.int32)
-    longer = jnp.minimum(2 * state.stretch[0], jnp.maximum(period, _LONGEST))
-    stretch = jnp.stack(
-      [
-        jnp.where(closes, longer, jnp.where(pays, period, state.stretch[0])),
-        jnp.where(closes, state.stretch[0], 0),
-      ]
-    )
     is_drafted = outcome.draft_levels > 0
-    following, wait = state.stretch
-    rest = jnp.maximum(wait - outcome.steps, 0)
-    if left.shape[0] > 1:
-      is_late = jnp.max(outcome.remaining) <= following // 2
-      rest = jnp.where((wait > 0) & is_late, following, rest)
-    waited = jnp.stack([following, rest])
     return GateState(
       inner=inner,
       rows=jnp.where(is_drafted, rows, state.rows),
       savings=jnp.where(is_drafted, savings, state.savings),
-      stretch=jnp.where(is_drafted, stretch, waited),
+      stretch=self._stretch(
+        state.stretch, outcome, is_drafted & closes, is_drafted & pays
+      ),
     )
+
+  def _stretch(self, stretch, outcome, closes, pays) -> Int[Array, "2"]:
+    following, wait = stretch
+    period = jnp.asarray(self.period, jnp.int32)
+    longer = jnp.minimum(2 * following, jnp.maximum(period, _LONGEST))
+    rest = jnp.where(closes, following, jnp.maximum(wait - outcome.steps, 0))
+    following = jnp.where(closes, longer, jnp.where(pays, period, following))
+    if outcome.remaining.shape[0] > 1:
+      # No look after this stretch: the next begins at once.
+      behind = jnp.max(outcome.remaining) - rest
+      is_late = (closes | (wait > 0)) & (behind <= following // 2)
+      rest += jnp.where(is_late, following, 0)
+    return jnp.stack([following, rest])
 
 
 def _rates(rows, is_left, cost):

@@ -35,7 +35,7 @@ from unisparse_jax.speculative import policy as policy_lib
 from unisparse_jax.speculative import tree, verification
 from unisparse_jax.speculative.drafters import base
 
-MAX_STEPS = 128  # then the drafter is told, and the policy asked again
+MAX_STEPS = 256  # then the drafter is told, and the policy asked again
 # Longest first. Where tokens may end a batch, what is left of a block is lost.
 _BLOCKS, _BLOCKS_TO_END = (32, 8, 1), (8, 1)
 

@@ -56,6 +56,21 @@ def test_bins_are_monotone_and_closed_on_the_right():
   assert decision.depth.tolist() == [12, 12, 11, 11, 8, 8, 8]
 
 
+def drafted_step(policy, state, brought, remaining, levels=4, active=True):
+  rows = len(remaining)
+  return speculative.Outcome(
+    decision=policy.decide(state, evidence([0.0] * rows)),
+    evidence_entropy=jnp.zeros(rows),
+    accept_len=jnp.asarray(np.maximum(np.asarray(brought) - 1, 0), jnp.int32),
+    num_emitted=jnp.asarray(brought, jnp.int32),
+    bucket=jnp.int32(0),
+    draft_levels=jnp.int32(levels),
+    active=jnp.broadcast_to(jnp.asarray(active), rows),
+    remaining=jnp.asarray(remaining, jnp.int32),
+    steps=jnp.int32(1),
+  )
+
+
 def gate_steps(policy, tokens, remaining, num_steps):
   """Which of num_steps steps draft; rows bring tokens(step) if they do."""
   remaining = np.asarray(remaining)
@@ -70,16 +85,8 @@ def gate_steps(policy, tokens, remaining, num_steps):
     remaining = np.maximum(remaining - brought, 0)
     state = update(
       state,
-      speculative.Outcome(
-        decision=policy.decide(state, evidence([0.0] * len(remaining))),
-        evidence_entropy=jnp.zeros(len(remaining)),
-        accept_len=jnp.asarray(np.maximum(brought - 1, 0), jnp.int32),
-        num_emitted=jnp.asarray(brought, jnp.int32),
-        bucket=jnp.int32(0),
-        draft_levels=jnp.int32(4 if wants else 0),
-        active=jnp.asarray(active),
-        remaining=jnp.asarray(remaining, jnp.int32),
-        steps=jnp.int32(1),
+      drafted_step(
+        policy, state, brought, remaining, 4 if wants else 0, active
       ),
     )
   return drafted
@@ -150,6 +157,17 @@ def test_gate_takes_no_look_late_in_a_batch():
   assert any(gate_steps(policy, lambda _: 1, [200, 30], 60)[first:])
   drafted = gate_steps(policy, lambda _: 1, [40], 40)
   assert any(drafted[drafted.index(False) :])
+
+
+def test_gate_that_closes_late_takes_all_that_is_left_at_once():
+  policy = gate(step_cost=3.0, period=20)
+  update = jax.jit(policy.update)
+  for left, is_one in ((42, True), (50, False)):
+    state = policy.init_state(2)
+    while not (wait := int(policy.plain_steps(state, None))):
+      left -= 1
+      state = update(state, drafted_step(policy, state, [1, 1], [left, 30]))
+    assert wait == (60 if is_one else 20)
 
 
 def test_gate_hears_of_a_stretch_at_once():
