@@ -54,7 +54,7 @@ class Setup:
     self.config = config
     self.folder = long_context_config.model_folder(config.target)
     self._workdir = workdir
-    self._targets: dict[str, models.Decoder] = {}
+    self._targets: dict[str, models.Flat[models.Decoder]] = {}
     self._prompts: dict[tuple, list[np.ndarray]] = {}
     self._drafters: dict[tuple[str, str], Any] = {}
 
@@ -75,8 +75,13 @@ class Setup:
 
   def target(self, dtype: str) -> models.Decoder:
     """The decoder."""
+    return self._target(dtype).module
+
+  def _target(self, dtype: str) -> models.Flat[models.Decoder]:
     if dtype not in self._targets:
-      self._targets[dtype] = models.load_hf(self.folder, dtype=jnp.dtype(dtype))
+      self._targets[dtype] = models.flat(
+        models.load_hf(self.folder, dtype=jnp.dtype(dtype))
+      )
     return self._targets[dtype]
 
   def drafter(self, name: str, dtype: str) -> Any:
@@ -244,7 +249,7 @@ class Setup:
     attention_fn,
     drafter_attention_fn,
   ) -> Call:
-    target = self.target(dtype)
+    target = self._target(dtype)
     sampler: models.Sampler = models.Greedy()
     if temperature:
       sampler = models.Temperature(temperature=temperature)
@@ -276,7 +281,7 @@ class Setup:
     jax.block_until_ready(session.state)
     middle = time.perf_counter()
     session.run(limit)
-    jax.block_until_ready(session.state)
+    jax.block_until_ready(session.state.tokens)
     end = time.perf_counter()
     result = session.result()
     return Call(

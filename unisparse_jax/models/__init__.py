@@ -9,6 +9,8 @@ from unisparse_jax.models.config import YarnScaling as YarnScaling
 from unisparse_jax.models.decoder import Decoder as Decoder
 from unisparse_jax.models.decoder import capture_qkv as capture_qkv
 from unisparse_jax.models.decoder import tap_layers as tap_layers
+from unisparse_jax.models.flattened import Flat as Flat
+from unisparse_jax.models.flattened import flat as flat
 from unisparse_jax.models.generate import decode as decode
 from unisparse_jax.models.generate import decode_step as decode_step
 from unisparse_jax.models.generate import generate as generate

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill, one decoding step, and generation as one compiled loop.
 
-The model goes through `jax.jit` as the pytree that it is: splitting it first
-takes some 4 ms a call for six layers, ten times as long.
+The model goes through `jax.jit` as a `Flat`: as the nnx module that it is, it
+would be flattened at every call.
 """
 
 import functools
@@ -20,6 +20,7 @@ from unisparse_jax import attention
 from unisparse_jax.models import (
   arguments,
   decoder,
+  flattened,
   kv_cache,
   prompt_pass,
   sampling,
@@ -31,7 +32,7 @@ _CAPACITY_MULTIPLE = 128
 
 
 def prefill(
-  model: decoder.Decoder,
+  model: decoder.Decoder | flattened.Flat,
   tokens: Int[Array | np.ndarray, "batch q_len"],
   *,
   cache: kv_cache.KVCache | None = None,
@@ -45,7 +46,7 @@ def prefill(
   Compiled once per shape and settings.
 
   Args:
-    model: a decoder.
+    model: a decoder, or its `Flat` for calls that are short.
     tokens: int [batch, q_len], right-padded.
     cache: earlier tokens that these follow; left as it is. Default: none.
     capacity: tokens that the new cache can hold; default q_len. Not with
@@ -62,6 +63,8 @@ def prefill(
     ValueError: an argument is off, the prompt exceeds the model's max_len or
       the capacity; the message names it. Nothing has run then.
   """
+  flat_model = flattened.flat(model)
+  model = flat_model.module
   tokens = arguments.as_tokens(tokens)
   batch, q_len = tokens.shape
   decoder.check_len("tokens", q_len, model.config)
@@ -87,7 +90,7 @@ def prefill(
     used = cache.check_room(q_len)
     decoder.check_len("cache and tokens", used + q_len, model.config)
   return _prefill(
-    model,
+    flat_model,
     tokens,
     lengths,
     cache,
@@ -98,7 +101,7 @@ def prefill(
 
 
 def decode_step(
-  model: decoder.Decoder,
+  model: decoder.Decoder | flattened.Flat,
   tokens: Int[Array, " batch"],
   cache: kv_cache.KVCache,
   *,
@@ -107,7 +110,7 @@ def decode_step(
   """One token a row, attending to the whole cache.
 
   Args:
-    model: a decoder.
+    model: a decoder, or its `Flat` for calls that are short.
     tokens: int [batch].
     cache: earlier tokens. Donated: its buffers become those of the result.
     attention_fn: how every layer attends.
@@ -117,11 +120,13 @@ def decode_step(
   """
   checks.check_shape("tokens", tokens, ("batch",), (cache.batch,))
   arguments.check_hashable("attention_fn", attention_fn)
-  return _decode_step(model, tokens, cache, attention_fn=attention_fn)
+  return _decode_step(
+    flattened.flat(model), tokens, cache, attention_fn=attention_fn
+  )
 
 
 def decode(
-  model: decoder.Decoder,
+  model: decoder.Decoder | flattened.Flat,
   logits: Float[Array, "batch vocab_size"],
   cache: kv_cache.KVCache,
   *,
@@ -134,7 +139,7 @@ def decode(
   """Draws new tokens after a `prefill`, in one compiled loop.
 
   Args:
-    model: a decoder.
+    model: a decoder, or its `Flat` for calls that are short.
     logits: of the first new token, from `prefill`.
     cache: from `prefill`, with room for max_new_tokens - 1 more. Donated.
     max_new_tokens: at least 1.
@@ -152,6 +157,8 @@ def decode(
   Raises:
     ValueError: an argument is off; the message names it.
   """
+  flat_model = flattened.flat(model)
+  model = flat_model.module
   checks.check_positive_int("max_new_tokens", max_new_tokens)
   vocab_size = model.config.vocab_size
   checks.check_shape(
@@ -170,7 +177,7 @@ def decode(
   total = used + int(max_new_tokens)
   decoder.check_len("cache and max_new_tokens", total, model.config)
   return _decode(
-    model,
+    flat_model,
     logits,
     cache,
     rng_key,
@@ -182,7 +189,7 @@ def decode(
 
 
 def generate(
-  model: decoder.Decoder,
+  model: decoder.Decoder | flattened.Flat,
   tokens: Int[Array | np.ndarray, "batch q_len"],
   *,
   max_new_tokens: int,
@@ -198,7 +205,7 @@ def generate(
   The prefill uses `attention_fn`; the decoding steps are dense.
 
   Args:
-    model: a decoder.
+    model: a decoder, or its `Flat` for calls that are short.
     tokens: int [batch, q_len], right-padded.
     max_new_tokens: at least 1.
     sampler: how tokens are drawn.
@@ -217,6 +224,8 @@ def generate(
     ValueError: an argument is off, or the prompt and the new tokens exceed the
       model's max_len; the message names it. Nothing has run then.
   """
+  flat_model = flattened.flat(model)
+  model = flat_model.module
   tokens = arguments.as_tokens(tokens)
   decoder.check_len("tokens", tokens.shape[1], model.config)
   checks.check_positive_int("max_new_tokens", max_new_tokens)
@@ -231,7 +240,7 @@ def generate(
   )
   arguments.as_eos_ids(eos_id, model.config.vocab_size)
   logits, cache = prefill(
-    model,
+    flat_model,
     tokens,
     capacity=-(-total // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE,
     lengths=lengths,
@@ -239,7 +248,7 @@ def generate(
     chunk=chunk,
   )
   out, _ = decode(
-    model,
+    flat_model,
     logits,
     cache,
     max_new_tokens=max_new_tokens,
@@ -254,6 +263,7 @@ def generate(
   jax.jit, static_argnames=("attention_fn", "chunk", "capacity")
 )
 def _prefill(model, tokens, lengths, cache, *, attention_fn, chunk, capacity):
+  model = model.module
   is_empty = cache is None
   if cache is None:
     cache = kv_cache.KVCache.init(
@@ -278,7 +288,7 @@ def _prefill(model, tokens, lengths, cache, *, attention_fn, chunk, capacity):
   jax.jit, static_argnames="attention_fn", donate_argnames="cache"
 )
 def _decode_step(model, tokens, cache, *, attention_fn):
-  return model(
+  return model.module(
     tokens[:, None],
     cache=cache,
     attention_fn=attention_fn,
@@ -302,6 +312,7 @@ def _decode(
   attention_fn,
   eos_ids,
 ):
+  model = model.module
   batch, vocab_size = logits.shape
   keys = None
   if sampler.needs_key:

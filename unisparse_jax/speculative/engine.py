@@ -92,8 +92,8 @@ class DecodeState:
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def decode(
-  target: models.Decoder,
-  drafter: base.Drafter,
+  target: models.Flat[models.Decoder],
+  drafter: models.Flat[base.Drafter],
   policy: policy_lib.Policy,
   state: DecodeState,
   num_steps: Int[Array, ""],
@@ -113,6 +113,7 @@ def decode(
   Returns:
     The state.
   """
+  target, drafter = target.module, drafter.module
   last_step = state.log.num_steps + num_steps
   last_step = jnp.minimum(last_step, settings.max_steps)
 

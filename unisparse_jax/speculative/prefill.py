@@ -16,8 +16,8 @@ from unisparse_jax.speculative.drafters import base
 
 
 def prefill(
-  target: models.Decoder,
-  drafter: base.Drafter,
+  target: models.Flat[models.Decoder],
+  drafter: models.Flat[base.Drafter],
   policy: policy_lib.Policy,
   tokens: Int[Array, "batch q_len"],
   lengths: Int[Array, " batch"],
@@ -63,7 +63,7 @@ def prefill(
     attention_fn=attention_fn,
     capacity=settings.capacity,
     chunk=settings.chunk,
-    taps=engine.taps_of(target, drafter),
+    taps=engine.taps_of(target.module, drafter.module),
   )
   rest = _first_state(
     target,
@@ -87,6 +87,7 @@ def prefill(
 )
 def _prompt(target, tokens, lengths, *, attention_fn, capacity, chunk, taps):
   """Logits [batch, vocab_size] after the prompts, `TreeCache` and taps."""
+  target = target.module
   cache = kv_cache.KVCache.init(
     target.config,
     batch=tokens.shape[0],
@@ -123,6 +124,7 @@ def _first_state(
   settings,
 ):
   """Fields of `engine.DecodeState` but the cache, after the first token."""
+  target, drafter = target.module, drafter.module
   batch, q_len = tokens.shape
   shape = settings.shape
   slots = settings.capacity + settings.slack

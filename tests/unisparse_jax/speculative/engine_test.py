@@ -397,7 +397,7 @@ def test_no_step_copies_a_cache(target, prompts):
     capacity=50,
   )
   compiled = engine.decode.lower(
-    target,
+    session.target,
     session.drafter,
     session.policy,
     session.state,

@@ -308,8 +308,8 @@ def test_no_step_copies_a_cache(target, prompts):
     shape=tree.TreeShape(width=2, base_depth=1, max_depth=3, buckets=(1, 4)),
   )  # fmt: skip
   compiled = engine.decode.lower(
-    target, session.drafter, session.policy, session.state, jnp.int32(1),
-    settings=session.settings,
+    session.target, session.drafter, session.policy, session.state,
+    jnp.int32(1), settings=session.settings,
   ).compile()  # fmt: skip
   text = compiled.as_text()
   assert "f32[1,2,50,8]" in text
