@@ -16,6 +16,7 @@ from pallas_kernels.composite_pooling import (
   composite_pooling as composite_pooling,
 )
 from pallas_kernels.composite_scores import composite_scores as composite_scores
+from pallas_kernels.head_rotation import head_rotation as head_rotation
 from pallas_kernels.logistic_likelihood import (
   logistic_likelihood as logistic_likelihood,
 )

@@ -12,7 +12,7 @@ from pallas_kernels import checks
 Implementation = str | Sequence[str] | None
 
 # Ops deep inside a decoding loop: no argument reaches them.
-PREFERABLE = ("top_log_probs", "tree_attention")
+PREFERABLE = ("head_rotation", "top_log_probs", "tree_attention")
 # JAX keeps the value in the key of every compiled function.
 _preferences = jax.make_user_context(())
 

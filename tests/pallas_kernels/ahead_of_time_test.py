@@ -26,6 +26,7 @@ from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
 from pallas_kernels.composite_scores import mosaic_tpu as scores_tpu
 from pallas_kernels.composite_scores import reference as scores_reference
 from pallas_kernels.composite_scores import triton as scores_triton
+from pallas_kernels.head_rotation import triton as rotation_triton
 from pallas_kernels.logistic_likelihood import triton as likelihood_triton
 from pallas_kernels.top_log_probs import triton as top_triton
 from pallas_kernels.tree_attention import triton as tree_triton
@@ -162,6 +163,17 @@ def top_log_probs(vocab_size, width):
   return fn, (array(2, 8, vocab_size, dtype=jnp.float32),)
 
 
+def head_rotation(batch, q_len, heads, head_dim, dtype, normed=True):
+  channels, half = (heads + 4) * head_dim, head_dim // 2
+  angle = array(1, q_len, 1, half, dtype=jnp.float32)
+  fn = functools.partial(
+    rotation_triton.head_rotation, num_heads=heads, num_kv_heads=2, eps=1e-6
+  )
+  scale = array(head_dim, dtype=dtype)
+  more = (scale, scale) if normed else ()
+  return fn, (array(batch, q_len, channels, dtype=dtype), angle, angle, *more)
+
+
 TRITON = {
   "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
@@ -189,6 +201,9 @@ TRITON = {
   "tree_flat_full_card": tree_attention(
     jnp.bfloat16, 64, 64, batch=512, flat=True
   ),
+  "rotation": head_rotation(16, 1, 10, 64, jnp.bfloat16),
+  "rotation_float32": head_rotation(3, 37, 4, 256, jnp.float32, normed=False),
+  "rotation_float16": head_rotation(1, 1, 1, 16, jnp.float16),
   "top": top_log_probs(4096, 8),
   "top_ragged": top_log_probs(1000, 3),
 }

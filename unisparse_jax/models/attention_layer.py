@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention layer; how to attend is an argument."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
+from pallas_kernels import dispatch
 from unisparse_jax.models import config as config_lib
 from unisparse_jax.models import kv_cache, layers, rope
 
@@ -94,6 +97,39 @@ class Attention(nnx.Module):
     if config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     return rope.apply(q, cos, sin), rope.apply(k, cos, sin), v
+
+  def project_merged(
+    self,
+    x: Float[Array, "batch q_len embed_dim"],
+    cos: Float[Array, "#batch q_len 1 half"],
+    sin: Float[Array, "#batch q_len 1 half"],
+  ) -> tuple[Array, Array, Array]:
+    """As `project`, with few launches where `dispatch.preferring` asks for it.
+
+    Without gradients where the back end has none.
+    """
+    if dispatch.preferred("head_rotation") is None:
+      return self.project(x, cos, sin)
+    config = self.config
+    parts = self.q_proj, self.k_proj, self.v_proj
+    # Does not change in a loop: XLA moves it out.
+    kernel = jnp.concatenate([p.kernel[...] for p in parts], axis=1)
+    merged = x @ kernel.astype(x.dtype)
+    if config.attention_bias:
+      bias = jnp.concatenate([p.bias[...] for p in parts]).astype(x.dtype)
+      merged += bias.reshape(1, 1, -1)
+    scales = (None, None)
+    if config.qk_norm:
+      scales = self.q_norm.scale[...], self.k_norm.scale[...]
+    return pallas_kernels.head_rotation(
+      merged,
+      cos,
+      sin,
+      *scales,
+      num_heads=config.num_heads,
+      num_kv_heads=config.num_kv_heads,
+      eps=config.norm_eps,
+    )
 
   def output(
     self, out: Float[Array, "batch q_len num_heads head_dim"]

@@ -2,9 +2,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from unisparse_jax.models import layers
+from pallas_kernels import dispatch
+from unisparse_jax import models
+from unisparse_jax.models import attention_layer, layers, rope
 
 
 def test_rms_norm_literal():
@@ -100,3 +103,37 @@ def test_gated_mlp_literal():
   expected = 7.0 * first * 3.0 + 11.0 * second * 5.0
   actual = mlp(jnp.ones((1, 1, 1)))
   np.testing.assert_allclose(actual, [[[expected]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_merged_projection_is_the_projection(qk_norm):
+  config = models.DecoderConfig(
+    vocab_size=8,
+    embed_dim=24,
+    num_layers=1,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=16,
+    mlp_dim=16,
+    max_len=64,
+    qk_norm=qk_norm,
+    attention_bias=not qk_norm,
+  )
+  types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+  layer = attention_layer.Attention(config, rngs=nnx.Rngs(0), **types)
+  for path, param in nnx.iter_graph(layer):
+    if isinstance(param, nnx.Param):  # biases and scales, too, unlike any other
+      noise = jax.random.normal(jax.random.key(len(path)), param.shape)
+      param[...] = param[...] + 0.3 * noise
+  x = jax.random.normal(jax.random.key(1), (2, 5, 24))
+  positions = jnp.asarray([[0, 1, 2, 3, 4], [7, 7, 8, 9, 60]])
+  turn = rope.cos_sin(positions, config)
+  expected = layer.project(x, *turn)
+  for found, wanted in zip(
+    layer.project_merged(x, *turn), expected, strict=True
+  ):
+    np.testing.assert_array_equal(found, wanted)  # the same code by default
+  with dispatch.preferring(head_rotation="reference"):
+    merged = layer.project_merged(x, *turn)
+  for found, wanted in zip(merged, expected, strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

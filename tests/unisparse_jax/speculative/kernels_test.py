@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.head_rotation import api as rotation_api
+from pallas_kernels.head_rotation import triton as rotation_triton
 from pallas_kernels.top_log_probs import api as top_api
 from pallas_kernels.top_log_probs import triton as top_triton
 from pallas_kernels.tree_attention import api as tree_api
@@ -19,8 +21,7 @@ from unisparse_jax import models, speculative
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Registers both kernels as "interpreted"; counts their calls by name."""
-  found = dict(tree_attention=0, top_log_probs=0)
+  """Registers the kernels as "interpreted"; counts their calls by name."""
   # Two programs for the cache, one for the tree, and a merge.
   tile = (16, 32, 4, 1, 3)
   kernels = dict(
@@ -28,7 +29,11 @@ def calls(monkeypatch):
       tree_triton.tree_attention, tile=tile, interpret=True
     ),
     top_log_probs=functools.partial(top_triton.top_log_probs, interpret=True),
+    head_rotation=functools.partial(
+      rotation_triton.head_rotation, interpret=True
+    ),
   )
+  found = dict.fromkeys(kernels, 0)
 
   def counting(name):
     def fn(*args, **kwargs):
@@ -37,7 +42,8 @@ def calls(monkeypatch):
 
     return fn
 
-  for name, api in (("tree_attention", tree_api), ("top_log_probs", top_api)):
+  apis = (tree_api, top_api, rotation_api)
+  for name, api in zip(kernels, apis, strict=True):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreted", counting(name))
   return found
 
@@ -53,11 +59,10 @@ def test_greedy_tokens_are_those_of_xla(calls):
   expected = models.generate(
     target, prompts, lengths=lengths, max_new_tokens=10
   )
-  with dispatch.preferring(
-    tree_attention="interpreted", top_log_probs="interpreted"
-  ):
+  with dispatch.preferring(**dict.fromkeys(calls, "interpreted")):
     plain = models.generate(target, prompts, lengths=lengths, max_new_tokens=10)
-    assert calls == dict(tree_attention=2, top_log_probs=0)  # one a layer
+    # One a layer.
+    assert calls == dict(tree_attention=2, top_log_probs=0, head_rotation=2)
     np.testing.assert_array_equal(plain, expected)
     for packed in (), (5, 9):  # of the 7 nodes of each row, or of both
       drafted = speculative.generate(
