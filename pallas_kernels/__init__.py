@@ -9,6 +9,7 @@ from pallas_kernels.block_selection import block_selection as block_selection
 from pallas_kernels.block_sparse_attention import (
   block_sparse_attention as block_sparse_attention,
 )
+from pallas_kernels.cache_append import cache_append as cache_append
 from pallas_kernels.column_score_sampling import (
   column_score_sampling as column_score_sampling,
 )

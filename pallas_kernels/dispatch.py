@@ -12,7 +12,12 @@ from pallas_kernels import checks
 Implementation = str | Sequence[str] | None
 
 # Ops deep inside a decoding loop: no argument reaches them.
-PREFERABLE = ("head_rotation", "top_log_probs", "tree_attention")
+PREFERABLE = (
+  "cache_append",
+  "head_rotation",
+  "top_log_probs",
+  "tree_attention",
+)
 # JAX keeps the value in the key of every compiled function.
 _preferences = jax.make_user_context(())
 

@@ -20,6 +20,7 @@ from pallas_kernels.block_sparse_attention import (
   mosaic_tpu as attention_tpu,
 )
 from pallas_kernels.block_sparse_attention import triton as attention_triton
+from pallas_kernels.cache_append import triton as append_triton
 from pallas_kernels.column_score_sampling import mosaic_tpu as columns_tpu
 from pallas_kernels.column_score_sampling import triton as columns_triton
 from pallas_kernels.composite_pooling import mosaic_tpu as pooling_tpu
@@ -174,6 +175,12 @@ def head_rotation(batch, q_len, heads, head_dim, dtype, normed=True):
   return fn, (array(batch, q_len, channels, dtype=dtype), angle, angle, *more)
 
 
+def cache_append(count, batch, n, head_dim, dtype):
+  buffers = (array(batch, 2, 96, head_dim, dtype=dtype),) * count
+  new = (array(batch, n, 2, head_dim, dtype=dtype),) * count
+  return append_triton.cache_append, (buffers, new, array(batch))
+
+
 TRITON = {
   "attention_bfloat16_128": attention(attention_triton, jnp.bfloat16, 128),
   "attention_float16_64": attention(attention_triton, jnp.float16, 64, 64),
@@ -201,6 +208,8 @@ TRITON = {
   "tree_flat_full_card": tree_attention(
     jnp.bfloat16, 64, 64, batch=512, flat=True
   ),
+  "append": cache_append(64, 16, 1, 64, jnp.bfloat16),
+  "append_path": cache_append(4, 1, 17, 128, jnp.float32),
   "rotation": head_rotation(16, 1, 10, 64, jnp.bfloat16),
   "rotation_float32": head_rotation(3, 37, 4, 256, jnp.float32, normed=False),
   "rotation_float16": head_rotation(1, 1, 1, 16, jnp.float16),

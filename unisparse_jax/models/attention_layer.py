@@ -87,48 +87,14 @@ class Attention(nnx.Module):
     sin: Float[Array, "#batch q_len 1 half"],
   ) -> tuple[Array, Array, Array]:
     """q, k and v of x after RoPE, [batch, q_len, heads, head_dim] each."""
-    batch, q_len, _ = x.shape
     config = self.config
-    # [batch, q_len, heads, head_dim]
-    q = self.q_proj(x).reshape(batch, q_len, config.num_heads, config.head_dim)
-    kv_shape = (batch, q_len, config.num_kv_heads, config.head_dim)
-    k = self.k_proj(x).reshape(kv_shape)
-    v = self.v_proj(x).reshape(kv_shape)
-    if config.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    return rope.apply(q, cos, sin), rope.apply(k, cos, sin), v
-
-  def project_merged(
-    self,
-    x: Float[Array, "batch q_len embed_dim"],
-    cos: Float[Array, "#batch q_len 1 half"],
-    sin: Float[Array, "#batch q_len 1 half"],
-  ) -> tuple[Array, Array, Array]:
-    """As `project`, with few launches where `dispatch.preferring` asks for it.
-
-    Without gradients where the back end has none.
-    """
-    if dispatch.preferred("head_rotation") is None:
-      return self.project(x, cos, sin)
-    config = self.config
-    parts = self.q_proj, self.k_proj, self.v_proj
-    # Does not change in a loop: XLA moves it out.
-    kernel = jnp.concatenate([p.kernel[...] for p in parts], axis=1)
-    merged = x @ kernel.astype(x.dtype)
-    if config.attention_bias:
-      bias = jnp.concatenate([p.bias[...] for p in parts]).astype(x.dtype)
-      merged += bias.reshape(1, 1, -1)
-    scales = (None, None)
-    if config.qk_norm:
-      scales = self.q_norm.scale[...], self.k_norm.scale[...]
-    return pallas_kernels.head_rotation(
-      merged,
+    return project_heads(
+      x,
+      (self.q_proj, self.k_proj, self.v_proj),
       cos,
       sin,
-      *scales,
-      num_heads=config.num_heads,
-      num_kv_heads=config.num_kv_heads,
-      eps=config.norm_eps,
+      norms=(self.q_norm, self.k_norm) if config.qk_norm else None,
+      config=config,
     )
 
   def output(
@@ -136,3 +102,53 @@ class Attention(nnx.Module):
   ) -> Float[Array, "batch q_len embed_dim"]:
     """What the heads found, back in the residual stream's width."""
     return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+def project_heads(
+  x: Float[Array, "batch q_len in_dim"],
+  projections: tuple[nnx.Linear, nnx.Linear, nnx.Linear],
+  cos: Float[Array, "#batch q_len 1 half"],
+  sin: Float[Array, "#batch q_len 1 half"],
+  *,
+  norms: tuple[layers.RMSNorm, layers.RMSNorm] | None,
+  config: config_lib.DecoderConfig,
+) -> tuple[Array, Array, Array]:
+  """q, k and v of x after norms and RoPE, in heads.
+
+  In a few launches, by the op `head_rotation`, where `dispatch.preferring`
+  names a back end for it.
+
+  Args:
+    x: [batch, q_len, in_dim].
+    projections: to q, k and v.
+    cos: of the positions of x, from `rope.cos_sin`.
+    sin: as cos.
+    norms: of q and k, over a head's channels; or None.
+    config: for the numbers of heads.
+
+  Returns:
+    [batch, q_len, num_heads, head_dim] and twice [batch, q_len, num_kv_heads,
+    head_dim].
+  """
+  if dispatch.preferred("head_rotation") is None:
+    shape = (*x.shape[:2], -1, config.head_dim)
+    q, k, v = (project(x).reshape(shape) for project in projections)
+    if norms is not None:
+      q, k = norms[0](q), norms[1](k)
+    return rope.apply(q, cos, sin), rope.apply(k, cos, sin), v
+  # XLA moves what does not change out of a loop, but not out of a branch.
+  kernel = jnp.concatenate([p.kernel[...] for p in projections], axis=1)
+  merged = x @ kernel.astype(x.dtype)
+  if projections[0].use_bias:
+    bias = jnp.concatenate([p.bias[...] for p in projections])
+    merged += bias.astype(x.dtype).reshape(1, 1, -1)
+  scales = (None, None) if norms is None else [n.scale[...] for n in norms]
+  return pallas_kernels.head_rotation(
+    merged,
+    cos,
+    sin,
+    *scales,
+    num_heads=config.num_heads,
+    num_kv_heads=config.num_kv_heads,
+    eps=config.norm_eps,
+  )

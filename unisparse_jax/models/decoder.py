@@ -66,8 +66,7 @@ class Block(nnx.Module):
     Returns:
       [batch, q_len, embed_dim], and k and v of x after RoPE.
     """
-    x_norm = self.attention_norm(x)
-    q, k, v = self.attention.project_merged(x_norm, cos, sin)
+    q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
     return self._add(x, self.attention.output(attend(q, k, v))), k, v
 
   def _add(self, x, update):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from pallas_kernels import checks
 from unisparse_jax import attention
 from unisparse_jax.models import decoder, kv_cache, rope
@@ -73,21 +74,15 @@ class TreeCache:
     There must be room for n tokens past every length: XLA would move the write
     back onto valid slots. One token past the end replaces the last one.
     """
+    written = pallas_kernels.cache_append(
+      (*self.k, *self.v), (*k, *v), self.lengths
+    )
+    num_layers = len(self.k)
     return TreeCache(
-      k=tuple(map(self._write, self.k, k)),
-      v=tuple(map(self._write, self.v, v)),
+      k=written[:num_layers],
+      v=written[num_layers:],
       lengths=self.lengths + counts,
     )
-
-  def _write(self, buffer, new):
-    new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
-    if buffer.shape[0] == 1:
-      return lax.dynamic_update_slice(buffer, new, (0, 0, self.lengths[0], 0))
-
-    def write_row(row, values, start):
-      return lax.dynamic_update_slice(row, values, (0, start, 0))
-
-    return jax.vmap(write_row)(buffer, new, self.lengths)
 
 
 @jax.tree_util.register_dataclass

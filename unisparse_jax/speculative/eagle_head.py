@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
 from unisparse_jax import models
-from unisparse_jax.models import layers, rope
+from unisparse_jax.models import attention_layer, layers, rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,6 @@ class EagleHead(nnx.Module):
       num_kv_heads, head_dim].
     """
     target = self.config.target
-    batch, q_len = tokens.shape
     # [batch, q_len, 2 * embed_dim]
     both = jnp.concatenate(
       [
@@ -227,10 +226,14 @@ class EagleHead(nnx.Module):
       axis=-1,
     )
     cos, sin = rope.cos_sin(positions, target)
-    shape = (batch, q_len, -1, target.head_dim)
-    q = rope.apply(self.q_proj(both).reshape(shape), cos, sin)
-    k = rope.apply(self.k_proj(both).reshape(shape), cos, sin)
-    return q, k, self.v_proj(both).reshape(shape)
+    return attention_layer.project_heads(
+      both,
+      (self.q_proj, self.k_proj, self.v_proj),
+      cos,
+      sin,
+      norms=None,
+      config=target,
+    )
 
   def finish(
     self,

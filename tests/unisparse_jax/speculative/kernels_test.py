@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.cache_append import api as append_api
+from pallas_kernels.cache_append import triton as append_triton
 from pallas_kernels.head_rotation import api as rotation_api
 from pallas_kernels.head_rotation import triton as rotation_triton
 from pallas_kernels.top_log_probs import api as top_api
@@ -32,6 +34,7 @@ def calls(monkeypatch):
     head_rotation=functools.partial(
       rotation_triton.head_rotation, interpret=True
     ),
+    cache_append=functools.partial(append_triton.cache_append, interpret=True),
   )
   found = dict.fromkeys(kernels, 0)
 
@@ -42,7 +45,7 @@ def calls(monkeypatch):
 
     return fn
 
-  apis = (tree_api, top_api, rotation_api)
+  apis = (tree_api, top_api, rotation_api, append_api)
   for name, api in zip(kernels, apis, strict=True):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreted", counting(name))
   return found
@@ -61,8 +64,10 @@ def test_greedy_tokens_are_those_of_xla(calls):
   )
   with dispatch.preferring(**dict.fromkeys(calls, "interpreted")):
     plain = models.generate(target, prompts, lengths=lengths, max_new_tokens=10)
-    # One a layer.
-    assert calls == dict(tree_attention=2, top_log_probs=0, head_rotation=2)
+    # One a layer, in the prompt's pass, too, and one a step for all layers.
+    assert calls == dict(
+      tree_attention=2, top_log_probs=0, head_rotation=4, cache_append=1
+    )
     np.testing.assert_array_equal(plain, expected)
     for packed in (), (5, 9):  # of the 7 nodes of each row, or of both
       drafted = speculative.generate(
