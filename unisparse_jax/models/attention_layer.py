@@ -139,9 +139,9 @@ def project_heads(
   # XLA moves what does not change out of a loop, but not out of a branch.
   kernel = jnp.concatenate([p.kernel[...] for p in projections], axis=1)
   merged = x @ kernel.astype(x.dtype)
-  if projections[0].use_bias:
-    bias = jnp.concatenate([p.bias[...] for p in projections])
-    merged += bias.astype(x.dtype).reshape(1, 1, -1)
+  biases = [p.bias[...] for p in projections if p.bias is not None]
+  if biases:
+    merged += jnp.concatenate(biases).astype(x.dtype).reshape(1, 1, -1)
   scales = (None, None) if norms is None else [n.scale[...] for n in norms]
   return pallas_kernels.head_rotation(
     merged,

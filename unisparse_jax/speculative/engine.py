@@ -92,8 +92,8 @@ class DecodeState:
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def decode(
-  target: models.Flat[models.Decoder],
-  drafter: models.Flat[base.Drafter],
+  flat_target: models.Flat[models.Decoder],
+  flat_drafter: models.Flat[base.Drafter],
   policy: policy_lib.Policy,
   state: DecodeState,
   num_steps: Int[Array, ""],
@@ -103,8 +103,8 @@ def decode(
   """Steps until every row is done, or `num_steps` more were taken.
 
   Args:
-    target: the model whose output is produced.
-    drafter: proposes tokens.
+    flat_target: the model whose output is produced.
+    flat_drafter: proposes tokens.
     policy: sizes the trees.
     state: donated.
     num_steps: int32 scalar; data, so its value does not compile anew.
@@ -113,7 +113,7 @@ def decode(
   Returns:
     The state.
   """
-  target, drafter = target.module, drafter.module
+  target, drafter = flat_target.module, flat_drafter.module
   last_step = state.log.num_steps + num_steps
   last_step = jnp.minimum(last_step, settings.max_steps)
 
