@@ -16,6 +16,7 @@ from pallas_kernels.triton_backend import plgpu
 
 # A kernel takes 4 KiB of arguments; each buffer is three pointers of 8 bytes.
 _MAX_BUFFERS = 160
+_UNDER_WAY = 1024  # values that a warp loads before it stores them
 
 
 def cache_append(
@@ -35,19 +36,26 @@ def cache_append(
       f'head_dim={head_dim}. Use implementation="reference".'
     )
   num_new = new[0].shape[1]
+  tile = pl.next_power_of_2(num_new), head_dim
+  num_warps = max(1, min(4, tile[0] * tile[1] // 512))
   starts = jnp.clip(starts, 0, capacity - num_new)
   out = []
   for first in range(0, len(buffers), _MAX_BUFFERS):
     some = slice(first, first + _MAX_BUFFERS)
     count = len(buffers[some])
     out += triton_backend.call(
-      functools.partial(_kernel, count=count),
+      functools.partial(
+        _kernel,
+        count=count,
+        tile=tile,
+        together=max(1, num_warps * _UNDER_WAY // (tile[0] * tile[1])),
+      ),
       grid=(batch, num_kv_heads),
       out_shape=tuple(
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in buffers[some]
       ),
       input_output_aliases={index: index for index in range(count)},
-      num_warps=1,
+      num_warps=num_warps,
       num_stages=1,
       interpret=interpret,
       name="cache_append",
@@ -58,6 +66,8 @@ def cache_append(
 def _kernel(
   *refs,  # buffers, new, starts int32 [batch], and the buffers again, written
   count,
+  tile,
+  together,
 ):
   new, starts_ref, written = (
     refs[count : 2 * count],
@@ -65,13 +75,16 @@ def _kernel(
     refs[2 * count + 1 :],
   )
   b, head = pl.program_id(0), pl.program_id(1)
-  num_new, head_dim = new[0].shape[1], new[0].shape[3]
-  tile = (pl.next_power_of_2(num_new), head_dim)
+  num_new = new[0].shape[1]
   slot = jnp.arange(tile[0], dtype=jnp.int32)[:, None]
-  channel = jnp.arange(head_dim, dtype=jnp.int32)[None, :]
+  channel = jnp.arange(tile[1], dtype=jnp.int32)[None, :]
   slot, channel = jnp.broadcast_to(slot, tile), jnp.broadcast_to(channel, tile)
   near = jnp.minimum(slot, num_new - 1)
   at = starts_ref[b] + slot
-  for ref, out in zip(new, written, strict=True):
-    values = ref[b, near, head, channel].astype(out.dtype)
-    plgpu.store(out.at[b, head, at, channel], values, mask=slot < num_new)
+  for first in range(0, count, together):
+    # No load may pass a store, for all that a compiler knows.
+    some = slice(first, first + together)
+    values = [ref[b, near, head, channel] for ref in new[some]]
+    for out, value in zip(written[some], values, strict=True):
+      value = value.astype(out.dtype)
+      plgpu.store(out.at[b, head, at, channel], value, mask=slot < num_new)
