@@ -27,7 +27,8 @@ def cache_append(
     buffers: keys and values of all layers, each [batch, num_kv_heads, capacity,
       head_dim]. Where the caller gives them away, they are written in place.
     new: what goes into each, [batch, n, num_kv_heads, head_dim].
-    starts: int32 [batch], first slot; moved back where fewer than n follow.
+    starts: int32 [batch], first slot, not negative; moved back where fewer than
+      n follow.
     implementation: "triton" (head_dim a power of two from 16 to 256; one
       launch), "reference", a sequence to try in order, or None for what
       `dispatch.preferring` names, else "reference": the kernel was not yet
@@ -57,11 +58,11 @@ def cache_append(
     checks.check_shape("buffers", buffer, axes, shape)
     checks.check_shape("new", values, axes_new, new[0].shape)
   checks.require(
-    new[0].shape[1] <= capacity,
+    1 <= new[0].shape[1] <= capacity,
     "new",
-    "have no more slots than the buffers",
+    "have a slot and no more than the buffers",
     new[0].shape[1],
-    f"n <= {capacity}",
+    f"1 <= n <= {capacity}",
   )
   checks.check_shape("starts", starts, ("batch",), (batch,))
   if implementation is None:

@@ -176,7 +176,7 @@ def head_rotation(batch, q_len, heads, head_dim, dtype, normed=True):
 
 
 def cache_append(count, batch, n, head_dim, dtype):
-  buffers = (array(batch, 2, 96, head_dim, dtype=dtype),) * count
+  buffers = (array(batch, 2, n + 96, head_dim, dtype=dtype),) * count
   new = (array(batch, n, 2, head_dim, dtype=dtype),) * count
   return append_triton.cache_append, (buffers, new, array(batch))
 
@@ -210,6 +210,7 @@ TRITON = {
   ),
   "append": cache_append(64, 16, 1, 64, jnp.bfloat16),
   "append_path": cache_append(4, 1, 17, 128, jnp.float32),
+  "append_stretch": cache_append(16, 16, 257, 128, jnp.bfloat16),
   "rotation": head_rotation(16, 1, 10, 64, jnp.bfloat16),
   "rotation_float32": head_rotation(3, 37, 4, 256, jnp.float32, normed=False),
   "rotation_float16": head_rotation(1, 1, 1, 16, jnp.float16),

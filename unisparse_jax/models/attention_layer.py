@@ -115,8 +115,9 @@ def project_heads(
 ) -> tuple[Array, Array, Array]:
   """q, k and v of x after norms and RoPE, in heads.
 
-  In a few launches, by the op `head_rotation`, where `dispatch.preferring`
-  names a back end for it.
+  By one product and the op `head_rotation`, where `dispatch.preferring` names a
+  back end for it and all projections are plain ones. Their weights side by side
+  are made once outside a loop, but anew in every branch of a switch.
 
   Args:
     x: [batch, q_len, in_dim].
@@ -130,18 +131,19 @@ def project_heads(
     [batch, q_len, num_heads, head_dim] and twice [batch, q_len, num_kv_heads,
     head_dim].
   """
-  if dispatch.preferred("head_rotation") is None:
+  is_plain = all(type(p) is nnx.Linear for p in projections)
+  if dispatch.preferred("head_rotation") is None or not is_plain:
     shape = (*x.shape[:2], -1, config.head_dim)
     q, k, v = (project(x).reshape(shape) for project in projections)
     if norms is not None:
       q, k = norms[0](q), norms[1](k)
     return rope.apply(q, cos, sin), rope.apply(k, cos, sin), v
-  # XLA moves what does not change out of a loop, but not out of a branch.
+  dtype = projections[0].dtype
   kernel = jnp.concatenate([p.kernel[...] for p in projections], axis=1)
-  merged = x @ kernel.astype(x.dtype)
+  merged = x.astype(dtype) @ kernel.astype(dtype)
   biases = [p.bias[...] for p in projections if p.bias is not None]
   if biases:
-    merged += jnp.concatenate(biases).astype(x.dtype).reshape(1, 1, -1)
+    merged += jnp.concatenate(biases).astype(dtype).reshape(1, 1, -1)
   scales = (None, None) if norms is None else [n.scale[...] for n in norms]
   return pallas_kernels.head_rotation(
     merged,

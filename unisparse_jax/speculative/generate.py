@@ -277,8 +277,8 @@ class Session:
   """A batch that is being decoded; its state is replaced as it advances.
 
   Attributes:
-    target: see `generate`.
-    drafter: see `generate`.
+    target: see `generate`; flattened.
+    drafter: likewise.
     policy: see `generate`.
     settings: what the loop is compiled for.
     prompt_lengths: int32 [batch].

@@ -41,17 +41,19 @@ def make(count, batch, n, capacity, dtype=jnp.float32, new_dtype=None):
     (4, 5, [0, 7, 8]),  # 8: the last place for five
     (2, 5, [9, 40, 3]),  # moved back
     (2, 13, [1, 0, 13]),  # everything
+    (5, 41, [2, 0, 9]),  # several programs, the last not full
   ],
 )
 def test_slots_are_written_and_no_others(implementation, count, n, starts):
-  buffers, new = make(count, len(starts), n, 13)
+  capacity = 13 if n <= 13 else n + 9
+  buffers, new = make(count, len(starts), n, capacity)
   found = jax.jit(
     functools.partial(api.cache_append, implementation=implementation)
   )(buffers, new, jnp.asarray(starts, jnp.int32))
   for buffer, values, out in zip(buffers, new, found, strict=True):
     wanted = np.asarray(buffer).copy()
     for row, start in enumerate(starts):
-      start = min(start, 13 - n)
+      start = min(start, capacity - n)
       wanted[row, :, start : start + n] = np.swapaxes(values[row], 0, 1)
     np.testing.assert_array_equal(out, wanted)
 
@@ -85,7 +87,7 @@ def test_bad_arguments_are_named():
   starts = jnp.zeros((2,), jnp.int32)
   with pytest.raises(ValueError, match=r"^new must be as many as buffers"):
     api.cache_append(buffers, new[:1], starts)
-  with pytest.raises(ValueError, match=r"^new must have no more slots"):
+  with pytest.raises(ValueError, match=r"^new must have a slot and no more"):
     api.cache_append([x[:, :, :2] for x in buffers], new, starts)
   with pytest.raises(ValueError, match=r"^starts must have shape"):
     api.cache_append(buffers, new, starts[:1])

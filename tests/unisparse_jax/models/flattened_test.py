@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,7 @@ def test_structures_that_are_equal_are_one_object():
   structures = [jax.tree.structure(flat) for flat in (one, other)]
   assert structures[0] == structures[1]
   assert one.tree_flatten()[1] is other.tree_flatten()[1]
+  assert jax.tree.structure(copy.deepcopy(one)) == structures[0]
   again = jax.tree.map(lambda x: x, one)
   assert isinstance(again, flattened.Flat) and again.module is not one.module
   np.testing.assert_array_equal(

@@ -105,8 +105,11 @@ def test_gated_mlp_literal():
   np.testing.assert_allclose(actual, [[[expected]]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_merged_projection_is_the_projection(qk_norm):
+@pytest.mark.parametrize(
+  ("qk_norm", "dtype"),
+  [(True, jnp.float32), (False, jnp.float32), (True, jnp.bfloat16)],
+)
+def test_merged_projection_is_the_projection(qk_norm, dtype):
   config = models.DecoderConfig(
     vocab_size=8,
     embed_dim=24,
@@ -119,17 +122,43 @@ def test_merged_projection_is_the_projection(qk_norm):
     qk_norm=qk_norm,
     attention_bias=not qk_norm,
   )
-  types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+  types = dict(dtype=dtype, param_dtype=jnp.float32)
   layer = attention_layer.Attention(config, rngs=nnx.Rngs(0), **types)
-  for path, param in nnx.iter_graph(layer):
+  for index, (_, param) in enumerate(nnx.iter_graph(layer)):
     if isinstance(param, nnx.Param):  # biases and scales, too, unlike any other
-      noise = jax.random.normal(jax.random.key(len(path)), param.shape)
+      noise = jax.random.normal(jax.random.key(index), param.shape)
       param[...] = param[...] + 0.3 * noise
-  x = jax.random.normal(jax.random.key(1), (2, 5, 24))
+  x = jax.random.normal(jax.random.key(1), (2, 5, 24), dtype)
   positions = jnp.asarray([[0, 1, 2, 3, 4], [7, 7, 8, 9, 60]])
   turn = rope.cos_sin(positions, config)
   expected = layer.project(x, *turn)
   with dispatch.preferring(head_rotation="reference"):
     merged = layer.project(x, *turn)
+  error = 1e-5 if dtype == jnp.float32 else 2e-2
   for found, wanted in zip(merged, expected, strict=True):
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert found.dtype == wanted.dtype == dtype
+    found, wanted = (np.asarray(y, np.float32) for y in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
+
+
+def test_a_projection_of_another_kind_is_not_merged():
+  config = models.DecoderConfig(
+    vocab_size=8,
+    embed_dim=24,
+    num_layers=1,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=16,
+    mlp_dim=16,
+    max_len=64,
+  )
+  types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+  layer = attention_layer.Attention(config, rngs=nnx.Rngs(0), **types)
+  layer.q_proj = nnx.LoRALinear(24, 48, lora_rank=2, rngs=nnx.Rngs(1))
+  layer.q_proj.lora.lora_b[...] += 1.0
+  x = jax.random.normal(jax.random.key(1), (1, 2, 24))
+  turn = rope.cos_sin(jnp.asarray([[0, 1]]), config)
+  expected = layer.project(x, *turn)
+  with dispatch.preferring(head_rotation="reference"):
+    found = layer.project(x, *turn)
+  np.testing.assert_array_equal(found[0], expected[0])
