@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +12,17 @@ from unisparse_jax import models
 from unisparse_jax.models import flattened
 
 
-def decoder(seed=0, num_layers=2):
-  config = models.DecoderConfig(
-    vocab_size=11,
-    embed_dim=16,
-    num_layers=num_layers,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    max_len=32,
-  )
+def decoder(config, seed=0):
   return models.Decoder(config, rngs=nnx.Rngs(seed))
 
 
 @pytest.fixture(scope="module")
 def tokens():
-  return np.random.default_rng(0).integers(0, 11, (2, 5))
+  return np.random.default_rng(0).integers(0, 32, (2, 5))
 
 
-def test_everything_that_takes_a_decoder_takes_it_flat(tokens):
-  model = decoder()
+def test_everything_that_takes_a_decoder_takes_it_flat(small_model, tokens):
+  model = small_model
   flat = models.flat(model)
   assert models.flat(flat) is flat and flat.module is model
   expected, cache = models.prefill(model, tokens, capacity=8)
@@ -49,22 +40,23 @@ def test_everything_that_takes_a_decoder_takes_it_flat(tokens):
   )
 
 
-def test_other_weights_of_one_structure_compile_nothing():
+def test_other_weights_of_one_structure_compile_nothing(config):
   @jax.jit
   def first(flat):
     return flat.module.embed(jnp.zeros((1, 1), jnp.int32))
 
-  one, other = decoder(0), decoder(1)
+  one, other = decoder(config, 0), decoder(config, 1)
   found = [first(models.flat(m)) for m in (one, other, one)]
   assert first._cache_size() == 1
   np.testing.assert_array_equal(found[0], found[2])
   assert np.any(found[0] != found[1])
-  first(models.flat(decoder(num_layers=3)))
+  deeper = dataclasses.replace(config, num_layers=3)
+  first(models.flat(decoder(deeper)))
   assert first._cache_size() == 2
 
 
-def test_structures_that_are_equal_are_one_object():
-  one, other = (models.flat(decoder(seed)) for seed in (0, 1))
+def test_structures_that_are_equal_are_one_object(config):
+  one, other = (models.flat(decoder(config, seed)) for seed in (0, 1))
   structures = [jax.tree.structure(flat) for flat in (one, other)]
   assert structures[0] == structures[1]
   assert one.tree_flatten()[1] is other.tree_flatten()[1]

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,6 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import dispatch
-from unisparse_jax import models
 from unisparse_jax.models import attention_layer, layers, rope
 
 
@@ -105,30 +106,26 @@ def test_gated_mlp_literal():
   np.testing.assert_allclose(actual, [[[expected]]], rtol=1e-6)
 
 
+def attention(config, dtype):
+  return attention_layer.Attention(
+    config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=jnp.float32
+  )
+
+
 @pytest.mark.parametrize(
   ("qk_norm", "dtype"),
   [(True, jnp.float32), (False, jnp.float32), (True, jnp.bfloat16)],
 )
-def test_merged_projection_is_the_projection(qk_norm, dtype):
-  config = models.DecoderConfig(
-    vocab_size=8,
-    embed_dim=24,
-    num_layers=1,
-    num_heads=3,
-    num_kv_heads=1,
-    head_dim=16,
-    mlp_dim=16,
-    max_len=64,
-    qk_norm=qk_norm,
-    attention_bias=not qk_norm,
+def test_merged_projection_is_the_projection(config, qk_norm, dtype):
+  config = dataclasses.replace(
+    config, qk_norm=qk_norm, attention_bias=not qk_norm
   )
-  types = dict(dtype=dtype, param_dtype=jnp.float32)
-  layer = attention_layer.Attention(config, rngs=nnx.Rngs(0), **types)
+  layer = attention(config, dtype)
   for index, (_, param) in enumerate(nnx.iter_graph(layer)):
     if isinstance(param, nnx.Param):  # biases and scales, too, unlike any other
       noise = jax.random.normal(jax.random.key(index), param.shape)
       param[...] = param[...] + 0.3 * noise
-  x = jax.random.normal(jax.random.key(1), (2, 5, 24), dtype)
+  x = jax.random.normal(jax.random.key(1), (2, 5, config.embed_dim), dtype)
   positions = jnp.asarray([[0, 1, 2, 3, 4], [7, 7, 8, 9, 60]])
   turn = rope.cos_sin(positions, config)
   expected = layer.project(x, *turn)
@@ -141,22 +138,13 @@ def test_merged_projection_is_the_projection(qk_norm, dtype):
     np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
 
 
-def test_a_projection_of_another_kind_is_not_merged():
-  config = models.DecoderConfig(
-    vocab_size=8,
-    embed_dim=24,
-    num_layers=1,
-    num_heads=3,
-    num_kv_heads=1,
-    head_dim=16,
-    mlp_dim=16,
-    max_len=64,
+def test_a_projection_of_another_kind_is_not_merged(config):
+  layer = attention(config, jnp.float32)
+  layer.q_proj = nnx.LoRALinear(
+    *layer.q_proj.kernel.shape, lora_rank=2, rngs=nnx.Rngs(1)
   )
-  types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
-  layer = attention_layer.Attention(config, rngs=nnx.Rngs(0), **types)
-  layer.q_proj = nnx.LoRALinear(24, 48, lora_rank=2, rngs=nnx.Rngs(1))
   layer.q_proj.lora.lora_b[...] += 1.0
-  x = jax.random.normal(jax.random.key(1), (1, 2, 24))
+  x = jax.random.normal(jax.random.key(1), (1, 2, config.embed_dim))
   turn = rope.cos_sin(jnp.asarray([[0, 1]]), config)
   expected = layer.project(x, *turn)
   with dispatch.preferring(head_rotation="reference"):

@@ -56,18 +56,22 @@ def test_bins_are_monotone_and_closed_on_the_right():
   assert decision.depth.tolist() == [12, 12, 11, 11, 8, 8, 8]
 
 
-def drafted_step(policy, state, brought, remaining, levels=4, active=True):
+def outcome_of(
+  policy, state, brought, remaining, *, steps=1, drafted=True, active=True
+):
+  """Of a step that drafts 4 levels, or of plain ones."""
   rows = len(remaining)
+  accepted = np.maximum(np.asarray(brought) - 1, 0) * drafted
   return speculative.Outcome(
     decision=policy.decide(state, evidence([0.0] * rows)),
     evidence_entropy=jnp.zeros(rows),
-    accept_len=jnp.asarray(np.maximum(np.asarray(brought) - 1, 0), jnp.int32),
+    accept_len=jnp.asarray(accepted, jnp.int32),
     num_emitted=jnp.asarray(brought, jnp.int32),
     bucket=jnp.int32(0),
-    draft_levels=jnp.int32(levels),
+    draft_levels=jnp.int32(4 * drafted),
     active=jnp.broadcast_to(jnp.asarray(active), rows),
     remaining=jnp.asarray(remaining, jnp.int32),
-    steps=jnp.int32(1),
+    steps=jnp.int32(steps),
   )
 
 
@@ -85,8 +89,8 @@ def gate_steps(policy, tokens, remaining, num_steps):
     remaining = np.maximum(remaining - brought, 0)
     state = update(
       state,
-      drafted_step(
-        policy, state, brought, remaining, 4 if wants else 0, active
+      outcome_of(
+        policy, state, brought, remaining, drafted=wants, active=active
       ),
     )
   return drafted
@@ -166,7 +170,7 @@ def test_gate_that_closes_late_takes_all_that_is_left_at_once():
     state = policy.init_state(2)
     while not (wait := int(policy.plain_steps(state, None))):
       left -= 1
-      state = update(state, drafted_step(policy, state, [1, 1], [left, 30]))
+      state = update(state, outcome_of(policy, state, [1, 1], [left, 30]))
     assert wait == (60 if is_one else 20)
 
 
@@ -180,19 +184,10 @@ def test_gate_hears_of_a_stretch_at_once():
     steps = min(max(wait, 1), 8)
     drafted += [wait == 0] * steps
     remaining -= steps
-    rows = jnp.zeros(1, jnp.int32)
     state = policy.update(
       state,
-      speculative.Outcome(
-        decision=policy.decide(state, evidence([0.0])),
-        evidence_entropy=jnp.zeros(1),
-        accept_len=rows,
-        num_emitted=rows + steps,
-        bucket=jnp.int32(0),
-        draft_levels=jnp.int32(4 if wait == 0 else 0),
-        active=jnp.ones(1, bool),
-        remaining=rows + remaining,
-        steps=jnp.int32(steps),
+      outcome_of(
+        policy, state, [steps], [remaining], steps=steps, drafted=wait == 0
       ),
     )
   assert drafted[:40] == one_by_one and not all(one_by_one)
