@@ -19,20 +19,21 @@ def cache_append(
   new: Sequence[Float[Array, "batch n num_kv_heads head_dim"]],
   starts: Int[Array, " batch"],
   *,
+  num_slots: int | None = None,
   implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "batch num_kv_heads capacity head_dim"], ...]:
-  """Writes n slots of each row of every buffer, from `starts` on.
+  """Writes slots of each row of every buffer, from `starts` on.
 
   Args:
     buffers: keys and values of all layers, each [batch, num_kv_heads, capacity,
       head_dim]. Where the caller gives them away, they are written in place.
     new: what goes into each, [batch, n, num_kv_heads, head_dim].
     starts: int32 [batch], first slot, not negative; moved back where fewer than
-      n follow.
+      `num_slots` follow.
+    num_slots: how many to write, the first of n; default n.
     implementation: "triton" (head_dim a power of two from 16 to 256; one
-      launch), "reference", a sequence to try in order, or None for what
-      `dispatch.preferring` names, else "reference": the kernel was not yet
-      measured.
+      launch; no gradient), "reference", a sequence to try in order, or None for
+      what `dispatch.preferring` names, else this platform's default.
 
   Returns:
     The buffers.
@@ -57,16 +58,24 @@ def cache_append(
   for buffer, values in zip(buffers, new, strict=True):
     checks.check_shape("buffers", buffer, axes, shape)
     checks.check_shape("new", values, axes_new, new[0].shape)
+  if num_slots is None:
+    num_slots = new[0].shape[1]
+  most = min(new[0].shape[1], capacity)
   checks.require(
-    1 <= new[0].shape[1] <= capacity,
-    "new",
-    "have a slot and no more than the buffers",
-    new[0].shape[1],
-    f"1 <= n <= {capacity}",
+    1 <= num_slots <= most,
+    "num_slots",
+    "be at least 1 and no more than new and the buffers have",
+    num_slots,
+    f"1 <= num_slots <= {most}",
   )
   checks.check_shape("starts", starts, ("batch",), (batch,))
   if implementation is None:
-    implementation = dispatch.preferred("cache_append") or "reference"
+    implementation = dispatch.preferred("cache_append")
   return dispatch.dispatch(
-    IMPLEMENTATIONS, implementation, tuple(buffers), tuple(new), starts
+    IMPLEMENTATIONS,
+    implementation,
+    tuple(buffers),
+    tuple(new),
+    starts,
+    num_slots=num_slots,
   )

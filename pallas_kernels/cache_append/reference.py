@@ -10,11 +10,13 @@ def cache_append(
   buffers,  # each [batch, num_kv_heads, capacity, head_dim]
   new,  # each [batch, n, num_kv_heads, head_dim]
   starts,  # int32 [batch]
+  *,
+  num_slots,
 ):
   """See `api.cache_append`."""
 
   def write(buffer, values):
-    values = jnp.swapaxes(values, 1, 2).astype(buffer.dtype)
+    values = jnp.swapaxes(values[:, :num_slots], 1, 2).astype(buffer.dtype)
     if buffer.shape[0] == 1:
       return lax.dynamic_update_slice(buffer, values, (0, 0, starts[0], 0))
 

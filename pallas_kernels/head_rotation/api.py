@@ -44,10 +44,9 @@ def head_rotation(
     num_heads: of q.
     num_kv_heads: of k, and of v.
     eps: of the norms.
-    implementation: "triton" (head_dim a power of two from 16 to 256; no
-      gradient), "reference", a sequence to try in order, or None for what
-      `dispatch.preferring` names, else "reference": the kernel was not yet
-      measured.
+    implementation: "triton" (head_dim a power of two from 16 to 256),
+      "reference", a sequence to try in order, or None for what
+      `dispatch.preferring` names, else this platform's default.
 
   Returns:
     q [batch, q_len, num_heads, head_dim], k and v [batch, q_len, num_kv_heads,
@@ -85,7 +84,7 @@ def head_rotation(
     checks.check_shape("q_scale", q_scale, ("head_dim",), (head_dim,))
     checks.check_shape("k_scale", k_scale, ("head_dim",), (head_dim,))
   if implementation is None:
-    implementation = dispatch.preferred("head_rotation") or "reference"
+    implementation = dispatch.preferred("head_rotation")
   return dispatch.dispatch(
     IMPLEMENTATIONS,
     implementation,

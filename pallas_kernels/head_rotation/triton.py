@@ -3,6 +3,8 @@
 
 A decoding step of a small model waits for launches: XLA takes about seven for
 what is one here (19 a layer with all else, 1.7 us each, H200, 155M decoder).
+
+The gradient is the reference's: training waits for no launches.
 """
 
 import functools
@@ -13,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_backend
+from pallas_kernels.head_rotation import reference
 from pallas_kernels.triton_backend import plgpu
 
 _TILE_ELEMENTS = 512  # of a head's half, held by one warp
@@ -43,24 +46,35 @@ def head_rotation(
       f'head_dim={head_dim}. Use implementation="reference".'
     )
   num_rows = batch * q_len
-  cos, sin = (
-    jnp.broadcast_to(x, (batch, q_len, 1, half)).reshape(num_rows, half)
-    for x in (cos, sin)
-  )
   tile = max(1, min(_TILE_ELEMENTS // half, pl.next_power_of_2(num_rows)))
-  q, k, v = triton_backend.call(
-    functools.partial(_kernel, tile=tile, eps=eps),
-    grid=(num_all, pl.cdiv(num_rows, tile)),
-    out_shape=tuple(
-      jax.ShapeDtypeStruct((num_rows, count, head_dim), merged.dtype)
-      for count in (num_heads, num_kv_heads, num_kv_heads)
-    ),
-    num_warps=1,
-    num_stages=1,
-    interpret=interpret,
-    name="head_rotation",
-  )(merged.reshape(num_rows, channels), cos, sin, q_scale, k_scale)
-  return tuple(x.reshape(batch, q_len, -1, head_dim) for x in (q, k, v))
+
+  @jax.custom_vjp
+  def rotate(merged, cos, sin, q_scale, k_scale):
+    cos, sin = (
+      jnp.broadcast_to(x, (batch, q_len, 1, half)).reshape(num_rows, half)
+      for x in (cos, sin)
+    )
+    out = triton_backend.call(
+      functools.partial(_kernel, tile=tile, eps=eps),
+      grid=(num_all, pl.cdiv(num_rows, tile)),
+      out_shape=tuple(
+        jax.ShapeDtypeStruct((num_rows, count, head_dim), merged.dtype)
+        for count in (num_heads, num_kv_heads, num_kv_heads)
+      ),
+      num_warps=1,
+      num_stages=1,
+      interpret=interpret,
+      name="head_rotation",
+    )(merged.reshape(num_rows, channels), cos, sin, q_scale, k_scale)
+    return tuple(x.reshape(batch, q_len, -1, head_dim) for x in out)
+
+  def pull_back(arrays, cotangents):
+    settings = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, eps=eps)
+    plain = functools.partial(reference.head_rotation, **settings)
+    return jax.vjp(plain, *arrays)[1](cotangents)
+
+  rotate.defvjp(lambda *arrays: (rotate(*arrays), arrays), pull_back)
+  return rotate(merged, cos, sin, q_scale, k_scale)
 
 
 def _kernel(

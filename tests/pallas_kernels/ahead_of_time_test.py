@@ -178,7 +178,8 @@ def head_rotation(batch, q_len, heads, head_dim, dtype, normed=True):
 def cache_append(count, batch, n, head_dim, dtype):
   buffers = (array(batch, 2, n + 96, head_dim, dtype=dtype),) * count
   new = (array(batch, n, 2, head_dim, dtype=dtype),) * count
-  return append_triton.cache_append, (buffers, new, array(batch))
+  fn = functools.partial(append_triton.cache_append, num_slots=n)
+  return fn, (buffers, new, array(batch))
 
 
 TRITON = {

@@ -331,7 +331,9 @@ def _decode(
       token = jnp.where(is_done, eos_ids[0], token)
       is_eos = [token == eos_id for eos_id in eos_ids]
       is_done = functools.reduce(operator.or_, is_eos, is_done)
-    out = lax.dynamic_update_slice(out, token[:, None], (0, step))
+    # All of it: a contiguous slice, that of one row, would end a GPU's graph.
+    column = jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
+    out = jnp.where(column == step, token[:, None], out)
     return token, is_done, out
 
   def body(carry):
@@ -379,4 +381,4 @@ def _dense_step(model, token, cache, lengths):
   fits = (cache.lengths < cache.capacity)[:, None]
   hidden = out.hidden[:, 0]
   hidden = jnp.where(fits, hidden, jnp.array(jnp.nan, hidden.dtype))
-  return model.logits(hidden), cache.append(out.k, out.v, lengths)
+  return model.logits(hidden), cache.append(out.k, out.v, lengths, num_slots=1)

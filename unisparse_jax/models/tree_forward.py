@@ -68,14 +68,16 @@ class TreeCache:
     k: Sequence[Float[Array, "batch n num_kv_heads head_dim"]],
     v: Sequence[Float[Array, "batch n num_kv_heads head_dim"]],
     counts: Int[Array, " batch"],
+    *,
+    num_slots: int,
   ) -> "TreeCache":
-    """Takes the first counts[b] of n tokens a row; writes n slots.
+    """Takes the first counts[b] of n tokens a row; writes `num_slots` of them.
 
-    There must be room for n tokens past every length: XLA would move the write
+    There must be room for as many past every length: XLA would move the write
     back onto valid slots. One token past the end replaces the last one.
     """
     written = pallas_kernels.cache_append(
-      (*self.k, *self.v), (*k, *v), self.lengths
+      (*self.k, *self.v), (*k, *v), self.lengths, num_slots=num_slots
     )
     num_layers = len(self.k)
     return TreeCache(
@@ -159,7 +161,8 @@ class TreeOutput:
   Attributes:
     hidden: [batch, n, embed_dim] for `Decoder.logits`.
     k: per layer [batch, n, num_kv_heads, head_dim], after RoPE; with a scratch,
-      all of its slots.
+      all of its slots. On a GPU more than n where all rows have fewer than 16
+      tokens: what is behind, padding, XLA would copy away layer by layer.
     v: as k.
     taps: [batch, n, len(taps) * embed_dim], or None for no taps.
   """
@@ -234,9 +237,8 @@ def tree_forward(
 
     def attend(q, k, v, layer=layer):
       if scratch is not None:
-        start = (0, slot, 0, 0)
-        k = lax.dynamic_update_slice(scratch.k[layer], k, start)
-        v = lax.dynamic_update_slice(scratch.v[layer], v, start)
+        k = _write_slots(scratch.k[layer], k, slot)
+        v = _write_slots(scratch.v[layer], v, slot)
       keys.append(k)
       values.append(v)
       buffers = cache.k[layer], cache.v[layer], cache.lengths
@@ -256,6 +258,18 @@ def tree_forward(
   return lax.optimization_barrier(out)
 
 
+def _write_slots(buffer, new, slot):
+  """[batch, num_slots, ...] with the slots of `new` from `slot` on replaced.
+
+  By writing all of it, which is small: a contiguous slice, that of one row, a
+  GPU copies on another stream, and the graph of the step ends there.
+  """
+  index = jnp.arange(buffer.shape[1], dtype=jnp.int32) - slot
+  is_new = (index >= 0) & (index < new.shape[1])
+  values = jnp.take(new, index, axis=1, mode="clip").astype(buffer.dtype)
+  return jnp.where(is_new[None, :, None, None], values, buffer)
+
+
 def _padded(model, tokens, positions, mask, cache, taps, counts, size):
   """`tree_forward` with the last token repeated; nothing sees the copies."""
   n = tokens.shape[1]
@@ -271,4 +285,5 @@ def _padded(model, tokens, positions, mask, cache, taps, counts, size):
     taps=taps,
     counts=counts,
   )
-  return jax.tree.map(lambda x: x[:, :n], out)
+  hidden, taps = jax.tree.map(lambda x: x[:, :n], (out.hidden, out.taps))
+  return dataclasses.replace(out, hidden=hidden, taps=taps)

@@ -259,7 +259,9 @@ def _step(target, drafter, policy, state: DecodeState, settings: Settings):
     done=done,
     keys=state.keys,
     reference=state.reference,
-    cache=state.cache.append(keys_new, values_new, count),
+    cache=state.cache.append(
+      keys_new, values_new, count, num_slots=shape.max_depth + 1
+    ),
     drafter_state=drafter.extend(
       target,
       state.drafter_state,

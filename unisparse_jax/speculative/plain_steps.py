@@ -104,7 +104,9 @@ def stretch(
         run.tokens, token[:, None], (0, run.step)
       ),
       ended=run.ended | verification.is_any(token, eos_ids),
-      cache=run.cache.append(out.k, out.v, jnp.ones_like(positions)),
+      cache=run.cache.append(
+        out.k, out.v, jnp.ones_like(positions), num_slots=1
+      ),
       tapped=tapped,
     )
 

@@ -182,7 +182,7 @@ def _write(
     out = models.tree_forward(
       model, token[:, None], cache.lengths[:, None], own, cache
     )
-    cache = cache.append(out.k, out.v, jnp.where(done, 0, 1))
+    cache = cache.append(out.k, out.v, jnp.where(done, 0, 1), num_slots=1)
     logits = model.logits(out.hidden[:, 0])
     return step + 1, logits, done, written, counts, cache
 

@@ -69,6 +69,19 @@ def test_values_take_the_dtype_of_the_buffer(implementation):
   )
 
 
+@pytest.mark.parametrize("implementation", BACK_ENDS)
+def test_slots_behind_those_asked_for_are_not_written(implementation):
+  buffers, new = make(3, 2, 16, 8)
+  starts = jnp.asarray([7, 2], jnp.int32)  # 7: the last slot
+  found = api.cache_append(
+    buffers, new, starts, num_slots=1, implementation=implementation
+  )
+  wanted = np.asarray(buffers[2]).copy()
+  for row, start in enumerate(starts):
+    wanted[row, :, start] = new[2][row, 0]
+  np.testing.assert_array_equal(found[2], wanted)
+
+
 def test_many_buffers_take_several_launches(monkeypatch):
   monkeypatch.setattr(triton, "_MAX_BUFFERS", 2)
   buffers, new = make(5, 2, 1, 4)
@@ -87,8 +100,10 @@ def test_bad_arguments_are_named():
   starts = jnp.zeros((2,), jnp.int32)
   with pytest.raises(ValueError, match=r"^new must be as many as buffers"):
     api.cache_append(buffers, new[:1], starts)
-  with pytest.raises(ValueError, match=r"^new must have a slot and no more"):
+  with pytest.raises(ValueError, match=r"^num_slots .* expected 1 .*<= 2"):
     api.cache_append([x[:, :, :2] for x in buffers], new, starts)
+  with pytest.raises(ValueError, match=r"^num_slots .* got num_slots=4"):
+    api.cache_append(buffers, new, starts, num_slots=4)
   with pytest.raises(ValueError, match=r"^starts must have shape"):
     api.cache_append(buffers, new, starts[:1])
   with pytest.raises(ValueError, match=r"^buffers must have shape"):

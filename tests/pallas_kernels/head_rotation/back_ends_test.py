@@ -110,16 +110,33 @@ def test_bad_arguments_are_named():
     )
 
 
-def test_the_reference_has_gradients():
-  arrays = make(1, 2, 2, 1, 16, jnp.float32, normed=True)
+@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("normed", [True, False])
+def test_gradients_are_slopes(implementation, normed):
+  arrays = make(1, 2, 2, 1, 16, jnp.float32, normed=normed)
+  wanted = (0, 3, 4) if normed else (0,)
+  weight = np.random.default_rng(1).standard_normal((3, 1, 2, 2, 16))
 
-  def loss(merged):
-    out = api.head_rotation(merged, *arrays[1:], num_heads=2, num_kv_heads=1)
-    return sum(jnp.sum(x**2) for x in out)
+  def loss(*some):
+    full = list(arrays)
+    for index, x in zip(wanted, some, strict=True):
+      full[index] = x
+    out = api.head_rotation(
+      *full, num_heads=2, num_kv_heads=1, implementation=implementation
+    )
+    return sum(
+      jnp.sum(x * w[:, :, : x.shape[2]])
+      for x, w in zip(out, weight, strict=True)
+    )
 
-  # A rotation after a norm: the sum of squares of q and k is nearly constant.
-  gradient = jax.grad(loss)(arrays[0])
-  assert np.all(np.isfinite(gradient))
-  np.testing.assert_allclose(
-    gradient[..., -16:], 2 * arrays[0][..., -16:], rtol=1e-6
-  )
+  some = [arrays[index] for index in wanted]
+  gradients = jax.grad(loss, argnums=tuple(range(len(some))))(*some)
+  rng = np.random.default_rng(2)
+  for index, (x, gradient) in enumerate(zip(some, gradients, strict=True)):
+    step = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    ends = [
+      loss(*some[:index], x + sign * 0.01 * step, *some[index + 1 :])
+      for sign in (1, -1)
+    ]
+    slope = float(ends[0] - ends[1]) / 0.02
+    np.testing.assert_allclose(np.sum(gradient * step), slope, rtol=5e-3)

@@ -96,7 +96,7 @@ class SmallDecoder(by_level.LevelDrafter):
         state.cache,
       )
       hidden = out.hidden
-      cache = state.cache.append(out.k, out.v, counts)
+      cache = state.cache.append(out.k, out.v, counts, num_slots=n)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = self.model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
     logits = jnp.where((counts > 0)[:, None], logits, state.logits)
