@@ -153,12 +153,12 @@ def test_gate_takes_bad_luck_of_some_row_for_luck():
 
 def test_gate_takes_no_look_late_in_a_batch():
   policy = gate(step_cost=3.0, period=20)
-  drafted = gate_steps(policy, lambda _: 1, [32, 30], 32)
+  drafted = gate_steps(policy, lambda _: 1, [40, 30], 40)
   first = drafted.index(False)
-  assert 0 < 32 - (first + 20) <= 10  # left behind the first stretch
+  assert 0 < 40 - (first + 20) <= 20  # left behind the first stretch
   assert not any(drafted[first:])
   # With more to come, or one row, there are looks.
-  assert any(gate_steps(policy, lambda _: 1, [40, 30], 40)[first:])
+  assert any(gate_steps(policy, lambda _: 1, [200, 30], 60)[first:])
   drafted = gate_steps(policy, lambda _: 1, [40], 40)
   assert any(drafted[drafted.index(False) :])
 
@@ -166,7 +166,7 @@ def test_gate_takes_no_look_late_in_a_batch():
 def test_gate_that_closes_late_takes_all_that_is_left_at_once():
   policy = gate(step_cost=3.0, period=20)
   update = jax.jit(policy.update)
-  for left, is_one in ((32, True), (50, False)):
+  for left, is_one in ((42, True), (50, False)):
     state = policy.init_state(2)
     while not (wait := int(policy.plain_steps(state, None))):
       left -= 1
