@@ -12,15 +12,12 @@ Run:     python -m experiments.calibrate_speculation
 Device:  one H100 or H200 a batch size: calibration a minute, a batch and a
          temperature two to five, both with what they compile.
 Expect:  on H200s, mean of five domains, against plain decoding: the fixed
-         tree, depth and size by bin, and the predictor 3.82, 4.02 and 4.09
-         times at batch 1, greedy; at temperature 1 2.68, 2.85 and 2.87 there
-         (results/speculative_second_h200.jsonl, with batch_1_prompts=8,
-         repeats=3), 1.46, 1.66 and 1.70 at 16, 0.65, 1.02 and 1.06 at 64
-         (speculative_stretches_h200.jsonl). Another target, greedy: 3.99, 4.14
-         and 4.20 at batch 1, 3.11, 3.06 and 3.08 at 4, 1.99, 2.25 and 2.22 at
-         16, 1.18, 1.73 and 1.73 at 64: speculative_turns_h200.jsonl (batch 4:
-         speculative_turns_first_h200.jsonl; few:
-         speculative_drafters_h200.jsonl).
+         tree, depth and size by bin, and the predictor, greedy, 3.59, 3.83 and
+         3.83 times at batch 1 (with batch_1_prompts=8, repeats=3), 2.53, 2.55
+         and 2.57 at 4, 1.75, 1.92 and 1.94 at 16, 0.97, 1.57 and 1.56 at 64; at
+         temperature 1 2.49, 2.63 and 2.63, 1.87, 1.98 and 2.03, 1.28, 1.42 and
+         1.45, 0.57, 0.97 and 1.01 (results/speculative_launches_h200.jsonl;
+         few: another target, speculative_drafters_h200.jsonl).
 """
 
 import ml_collections
