@@ -15,9 +15,10 @@ Expect:  on H200s, mean of five domains, against plain decoding: the fixed
          tree, depth and size by bin, and the predictor, greedy, 3.59, 3.83 and
          3.83 times at batch 1 (with batch_1_prompts=8, repeats=3), 2.53, 2.55
          and 2.57 at 4, 1.75, 1.92 and 1.94 at 16, 0.97, 1.57 and 1.56 at 64; at
-         temperature 1 2.49, 2.63 and 2.63, 1.87, 1.98 and 2.03, 1.28, 1.42 and
-         1.45, 0.57, 0.97 and 1.01 (results/speculative_launches_h200.jsonl;
-         few: another target, speculative_drafters_h200.jsonl).
+         temperature 1, likewise, 2.49, 2.63 and 2.63, 1.87, 1.98 and 2.03,
+         1.28, 1.42 and 1.45, 0.57, 0.97 and 1.01
+         (results/speculative_launches_h200.jsonl; few: another target,
+         speculative_drafters_h200.jsonl).
 """
 
 import ml_collections

@@ -20,6 +20,9 @@ _SLOTS = 16  # of a program, which goes through all buffers
 _UNDER_WAY = 1024  # values that a warp loads before it stores them
 
 
+@functools.partial(
+  jax.jit, static_argnames=("num_slots", "capability", "interpret")
+)
 def cache_append(
   buffers,  # each [batch, num_kv_heads, capacity, head_dim]
   new,  # each [batch, n, num_kv_heads, head_dim]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel for NVIDIA GPUs: a program holds a few tokens of one head.
 
-A decoding step of a small model is its launches: XLA takes about seven for what
-is one here (19 a layer with all else, 1.7 us each, H200, 155M decoder of 32
-layers; a step of 16 rows 1.08 ms, with this 0.92, with `cache_append`, too,
-0.84).
+A decoding step of a small model takes as long as its launches: XLA takes about
+seven for what is one here (19 a layer with all else, 1.7 us each, H200, 155M
+decoder of 32 layers; a step of 16 rows 1.08 ms, with this 0.92, with
+`cache_append`, too, 0.84 to 0.86).
 
 The gradient is the reference's: training waits for no launches.
 """
@@ -23,6 +23,17 @@ from pallas_kernels.triton_backend import plgpu
 _TILE_ELEMENTS = 512  # of a head's half, held by one warp
 
 
+# Or a model called outside jit would compile the kernel anew in every layer.
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "num_heads",
+    "num_kv_heads",
+    "eps",
+    "capability",
+    "interpret",
+  ),
+)
 def head_rotation(
   merged,  # [batch, q_len, channels]
   cos,  # float32 [batch or 1, q_len, 1, head_dim / 2]

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention layer; how to attend is an argument."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import device, dispatch
 from unisparse_jax.models import config as config_lib
 from unisparse_jax.models import kv_cache, layers, rope
 
 # Tokens whose heads wait for launches and not for arithmetic: a plain step of
-# 16 rows takes an H200 0.84 ms, with three products and norms 1.06 (155M).
-_MERGED_UP_TO = {"gpu": 2048}
+# 16 rows takes an H200 0.92 ms, with three products and norms 1.08 (155M).
+# Timed with up to 1,024 tokens.
+_MERGED_UP_TO = 2048
+_OLDEST = (8, 0)  # compute capability that the kernel serves
 
 
 class Attention(nnx.Module):
@@ -120,10 +121,12 @@ def project_heads(
 ) -> tuple[Array, Array, Array]:
   """q, k and v of x after norms and RoPE, in heads.
 
-  On a GPU the heads of few tokens, as in a decoding step, come out of one
-  product and the op `head_rotation`, if there are norms, without which XLA
-  needs no more launches, and all projections are plain ones. The weights side
-  by side are no array of their own there: the product reads all three.
+  On an NVIDIA GPU the heads of few tokens, as in a decoding step, come out of
+  one product and the op `head_rotation` if there are norms (XLA takes as few
+  launches where there are none); elsewhere they do where `dispatch.preferring`
+  names a back end for that op. Always from three products where one of the
+  projections is not a plain one. XLA makes no array of the weights side by side
+  in a decoding step: the product reads all three.
 
   Args:
     x: [batch, q_len, in_dim].
@@ -138,10 +141,13 @@ def project_heads(
     head_dim].
   """
   is_plain = all(type(p) is nnx.Linear for p in projections)
-  num_tokens = x.shape[0] * x.shape[1]
-  is_few = num_tokens <= _MERGED_UP_TO.get(jax.default_backend(), 0)
   is_asked = dispatch.preferred("head_rotation") is not None
-  if not (is_plain and (is_asked or (is_few and norms is not None))):
+  pays = (
+    norms is not None
+    and x.shape[0] * x.shape[1] <= _MERGED_UP_TO
+    and (device.nvidia_compute_capability() or (0, 0)) >= _OLDEST
+  )
+  if not (is_plain and (is_asked or pays)):
     shape = (*x.shape[:2], -1, config.head_dim)
     q, k, v = (project(x).reshape(shape) for project in projections)
     if norms is not None:

@@ -160,16 +160,16 @@ class TreeOutput:
 
   Attributes:
     hidden: [batch, n, embed_dim] for `Decoder.logits`.
-    k: per layer [batch, n, num_kv_heads, head_dim], after RoPE; with a scratch,
-      all of its slots. On a GPU more than n where all rows have fewer than 16
-      tokens: what is behind, padding, XLA would copy away layer by layer.
+    k: per layer [batch, m, num_kv_heads, head_dim], after RoPE; with a scratch,
+      all of its slots, else m is n. On a GPU it is more where batch * n < 16:
+      padding behind the n, which XLA would take a copy a layer to cut off.
     v: as k.
     taps: [batch, n, len(taps) * embed_dim], or None for no taps.
   """
 
   hidden: Float[Array, "batch n embed_dim"]
-  k: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
-  v: tuple[Float[Array, "batch n num_kv_heads head_dim"], ...]
+  k: tuple[Float[Array, "batch m num_kv_heads head_dim"], ...]
+  v: tuple[Float[Array, "batch m num_kv_heads head_dim"], ...]
   taps: Float[Array, "batch n taps_dim"] | None
 
 

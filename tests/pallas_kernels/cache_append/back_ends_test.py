@@ -70,15 +70,29 @@ def test_values_take_the_dtype_of_the_buffer(implementation):
 
 
 @pytest.mark.parametrize("implementation", BACK_ENDS)
-def test_slots_behind_those_asked_for_are_not_written(implementation):
-  buffers, new = make(3, 2, 16, 8)
-  starts = jnp.asarray([7, 2], jnp.int32)  # 7: the last slot
+@pytest.mark.parametrize(
+  ("n", "num_slots", "capacity", "starts"),
+  [
+    (16, 1, 8, [7, 2]),  # 7: the last slot
+    (33, 17, 30, [20, 2]),  # two programs; 20: moved back to 13
+  ],
+)
+def test_slots_behind_those_asked_for_are_not_written(
+  implementation, n, num_slots, capacity, starts
+):
+  buffers, new = make(3, 2, n, capacity)
   found = api.cache_append(
-    buffers, new, starts, num_slots=1, implementation=implementation
+    buffers,
+    new,
+    jnp.asarray(starts, jnp.int32),
+    num_slots=num_slots,
+    implementation=implementation,
   )
   wanted = np.asarray(buffers[2]).copy()
   for row, start in enumerate(starts):
-    wanted[row, :, start] = new[2][row, 0]
+    start = min(start, capacity - num_slots)
+    values = np.swapaxes(new[2][row, :num_slots], 0, 1)
+    wanted[row, :, start : start + num_slots] = values
   np.testing.assert_array_equal(found[2], wanted)
 
 

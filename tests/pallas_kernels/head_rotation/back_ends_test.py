@@ -94,6 +94,22 @@ def test_the_kernel_is_the_reference_up_to_one_rounding(dtype):
     np.testing.assert_allclose(x, y, rtol=eps, atol=eps * np.abs(y).max() / 4)
 
 
+def test_a_second_call_outside_jit_compiles_nothing(monkeypatch):
+  traced, kernel = [], triton._kernel
+
+  def counting(*args, **kwargs):
+    traced.append(1)
+    return kernel(*args, **kwargs)
+
+  monkeypatch.setattr(triton, "_kernel", counting)
+  arrays = make(1, 11, 3, 2, 16, jnp.float32, normed=True)
+  for _ in range(2):
+    api.head_rotation(
+      *arrays, num_heads=3, num_kv_heads=2, implementation="interpreted"
+    )
+  assert traced == [1]
+
+
 def test_bad_arguments_are_named():
   arrays = make(2, 3, 4, 2, 16, jnp.float32, normed=True)
   heads = dict(num_heads=4, num_kv_heads=2)

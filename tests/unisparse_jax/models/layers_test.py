@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import dispatch
+from pallas_kernels import device, dispatch
 from unisparse_jax.models import attention_layer, layers, rope
 
 
@@ -136,6 +136,28 @@ def test_merged_projection_is_the_projection(config, qk_norm, dtype):
     assert found.dtype == wanted.dtype == dtype
     found, wanted = (np.asarray(y, np.float32) for y in (found, wanted))
     np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize(
+  ("qk_norm", "capability", "up_to", "products"),
+  [
+    (True, (9, 0), 10, 1),
+    (False, (9, 0), 10, 3),  # XLA fuses what follows
+    (True, (9, 0), 9, 3),  # ten tokens
+    (True, (7, 5), 10, 3),  # no kernel
+    (True, None, 10, 3),
+  ],
+)
+def test_heads_of_few_tokens_are_merged_on_a_card(
+  config, monkeypatch, qk_norm, capability, up_to, products
+):
+  monkeypatch.setattr(device, "nvidia_compute_capability", lambda: capability)
+  monkeypatch.setattr(attention_layer, "_MERGED_UP_TO", up_to)
+  layer = attention(dataclasses.replace(config, qk_norm=qk_norm), jnp.float32)
+  x = jnp.ones((2, 5, config.embed_dim))
+  turn = rope.cos_sin(jnp.zeros((2, 5), jnp.int32), config)
+  jaxpr = str(jax.make_jaxpr(lambda x: layer.project(x, *turn))(x))
+  assert jaxpr.count("dot_general") == products
 
 
 def test_a_projection_of_another_kind_is_not_merged(config):

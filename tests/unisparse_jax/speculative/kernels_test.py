@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import numpy as np
@@ -82,3 +83,50 @@ def test_greedy_tokens_are_those_of_xla(calls):
       )
       np.testing.assert_array_equal(drafted.tokens, expected)
   assert min(calls.values()) > 0
+
+
+def test_padding_of_one_row_changes_no_token(calls, monkeypatch):
+  """What a GPU does in a batch of one, in caches that are full at the end."""
+  config = dataclasses.replace(conftest.CONFIG, head_dim=16, qk_norm=True)
+  target = conftest.make_model(0, config)
+  drafter = speculative.SmallDecoder(model=target)  # which is always right
+  prompt = np.asarray(
+    jax.random.randint(jax.random.key(0), (1, 9), 0, 24), np.int32
+  )
+  shape = speculative.TreeShape(
+    width=3, base_depth=2, max_depth=2, buckets=(7,)
+  )
+  policies = (
+    None,
+    speculative.Gated(  # closes at once, for stretches of plain steps
+      policy=speculative.Fixed(depth=2, nodes=6), step_cost=20.0, period=4
+    ),
+  )
+
+  def run():
+    logits, cache = models.prefill(target, prompt, capacity=9 + 11)
+    found = [models.decode(target, logits, cache, max_new_tokens=12)[0]]
+    steps = []
+    for policy in policies:
+      drafted = speculative.generate(
+        target,
+        drafter,
+        prompt,
+        max_new_tokens=12,
+        shape=shape,
+        policy=policy,
+        capacity=9 + 12 + 3,
+      )
+      found.append(drafted.tokens)
+      steps.append(int(drafted.log.num_steps))
+    return found, steps
+
+  (expected, *others), wanted_steps = run()
+  # The package exports the function under the module's name.
+  module = importlib.import_module("unisparse_jax.models.tree_forward")
+  monkeypatch.setitem(module._LEAST_ROWS, "cpu", 16)
+  with dispatch.preferring(**dict.fromkeys(calls, "interpreted")):
+    found, steps = run()
+  assert steps == wanted_steps and steps[0] == 4 < steps[1]
+  for tokens in (*others, *found):
+    np.testing.assert_array_equal(tokens, expected)

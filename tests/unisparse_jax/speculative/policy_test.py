@@ -151,6 +151,19 @@ def test_gate_takes_bad_luck_of_some_row_for_luck():
   assert gate_steps(policy, lambda i: poor[i], [400] * 64, 60).index(False) <= 5
 
 
+def test_gate_does_not_stay_open_near_break_even():
+  # One row of 16 brings 1.75 tokens a step, which cost 1.86 plain ones.
+  means = np.asarray([2.6] * 15 + [1.75])
+  policy = gate(step_cost=1.86, period=20)
+  for seed in range(5):
+    rng = np.random.default_rng(seed)
+    brought = np.minimum(rng.geometric(1 / means, size=(40, 16)), 8)
+    drafted = gate_steps(
+      policy, lambda i, rows=brought: rows[i], [250] * 16, 40
+    )
+    assert drafted.index(False) <= 20
+
+
 def test_gate_takes_no_look_late_in_a_batch():
   policy = gate(step_cost=3.0, period=20)
   drafted = gate_steps(policy, lambda _: 1, [40, 30], 40)
