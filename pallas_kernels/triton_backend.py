@@ -61,6 +61,24 @@ def target(capability: int | None, interpret: bool) -> int:
   return capability
 
 
+def serves() -> bool:
+  """Whether the default device runs these kernels."""
+  try:
+    target(None, interpret=False)
+  except NotImplementedError:
+    return False
+  return True
+
+
+def check_head_dim(head_dim: int, *, instead: str):
+  """Refuses heads whose channels are no dimension of a tile."""
+  if not (16 <= head_dim <= 256 and is_power_of_two(head_dim)):
+    raise NotImplementedError(
+      "triton needs head_dim to be a power of two from 16 to 256; got "
+      f'head_dim={head_dim}. Use implementation="{instead}".'
+    )
+
+
 def call(kernel, *, num_warps, num_stages, interpret, name, **settings):
   """`pl.pallas_call` on whole arrays, compiled by Triton."""
   assert plgpu is not None, "target() comes first"

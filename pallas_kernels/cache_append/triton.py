@@ -35,11 +35,7 @@ def cache_append(
   """See `api.cache_append` and, for the last two, `triton_backend`."""
   triton_backend.target(capability, interpret)
   batch, num_kv_heads, capacity, head_dim = buffers[0].shape
-  if not (16 <= head_dim <= 256 and triton_backend.is_power_of_two(head_dim)):
-    raise NotImplementedError(
-      "triton needs head_dim to be a power of two from 16 to 256; got "
-      f'head_dim={head_dim}. Use implementation="reference".'
-    )
+  triton_backend.check_head_dim(head_dim, instead="reference")
   tile = min(_SLOTS, pl.next_power_of_2(num_slots)), head_dim
   num_warps = max(1, min(4, tile[0] * tile[1] // 512))
   starts = jnp.clip(starts, 0, capacity - num_slots)

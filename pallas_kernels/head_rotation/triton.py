@@ -53,11 +53,7 @@ def head_rotation(
   num_all = num_heads + 2 * num_kv_heads
   head_dim = channels // num_all
   half = head_dim // 2
-  if not (16 <= head_dim <= 256 and triton_backend.is_power_of_two(head_dim)):
-    raise NotImplementedError(
-      "triton needs head_dim to be a power of two from 16 to 256; got "
-      f'head_dim={head_dim}. Use implementation="reference".'
-    )
+  triton_backend.check_head_dim(head_dim, instead="reference")
   num_rows = batch * q_len
   tile = max(1, min(_TILE_ELEMENTS // half, pl.next_power_of_2(num_rows)))
 

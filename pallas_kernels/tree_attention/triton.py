@@ -63,11 +63,7 @@ def tree_attention(
   num_heads, head_dim = q.shape[2:]
   num_kv_heads, capacity = cache_k.shape[1:3]
   batch, q_len, tree_len = tree_mask.shape
-  if not (16 <= head_dim <= 256 and triton_backend.is_power_of_two(head_dim)):
-    raise NotImplementedError(
-      "triton needs head_dim to be a power of two from 16 to 256; got "
-      f'head_dim={head_dim}. Use implementation="xla".'
-    )
+  triton_backend.check_head_dim(head_dim, instead="xla")
   if q.dtype.name not in _DTYPES:
     raise NotImplementedError(
       f"triton needs q of dtype {' or '.join(_DTYPES)}; got {q.dtype.name}. "

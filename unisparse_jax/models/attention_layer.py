@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import device, dispatch
+from pallas_kernels import dispatch, triton_backend
 from unisparse_jax.models import config as config_lib
 from unisparse_jax.models import kv_cache, layers, rope
 
@@ -15,7 +15,6 @@ from unisparse_jax.models import kv_cache, layers, rope
 # 16 rows takes an H200 0.92 ms, with three products and norms 1.08 (155M).
 # Timed with up to 1,024 tokens.
 _MERGED_UP_TO = 2048
-_OLDEST = (8, 0)  # compute capability that the kernel serves
 
 
 class Attention(nnx.Module):
@@ -145,7 +144,7 @@ def project_heads(
   pays = (
     norms is not None
     and x.shape[0] * x.shape[1] <= _MERGED_UP_TO
-    and (device.nvidia_compute_capability() or (0, 0)) >= _OLDEST
+    and triton_backend.serves()
   )
   if not (is_plain and (is_asked or pays)):
     shape = (*x.shape[:2], -1, config.head_dim)
